@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: MIT
+"""Settings that every test shares: one hypothesis profile, one thread count, no network."""
+
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `import train` works however pytest was called
+
+# No deadline: the first example of a test may compile or page in a library. A failing example is printed with its seed.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=30, print_blob=True)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
