@@ -36,7 +36,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 try:  # The kernels of csrc/, when this file lives in the installed package. Copied or run alone, it works without.
     from minimal import fused
@@ -116,3 +117,227 @@ def attention(q, k, v, *, causal=False, mask=None, scale=None, dropout=0.0):
     if fused is not None and fused.why_not(q, k, v, mask=mask, dropout=dropout) is None:
         return fused.attention(q, k, v, causal=causal, mask=mask, scale=scale)
     return torch_attention(q, k, v, causal=causal, mask=mask, scale=scale, dropout=dropout)
+
+
+# ---- The tiled algorithm: what the fused kernels compute, in plain PyTorch ----
+#
+# Softmax seems to need a whole row before it can weigh the first value: its maximum m (or exp overflows) and its sum l.
+# Yet both can be carried along a row that arrives in pieces (online softmax). After some tiles of keys, hold
+#     m = max S        l = Σ exp(S - m)        O = Σ exp(S - m) V        over the keys seen so far.
+# The next tile may raise the maximum to m'. All that is held was measured against m, so all of it is off by the same
+# factor: multiply l and O by α = exp(m - m') and add the tile's own terms. At the end O / l is exact, no approximation.
+#
+# The arithmetic is that of the definition; what is saved is memory traffic. Only a block x block tile of S exists at a
+# time, small enough for the cache, while the definition writes and reads back S and P, Tq x Tk numbers each per head.
+#
+# The backward pass needs P again, and recomputes it tile by tile: cheaper than having stored it. The forward leaves one
+# number per row, lse = m + log l = log Σ exp S, so that P = exp(S - lse) is normalised at once. With dO given:
+#     dV = Pᵀ dO        dP = dO Vᵀ        dS = P ∘ (dP - Δ)        dQ = scale dS K        dK = scale dSᵀ Q
+# Δ_i = Σ_j P_ij dP_ij is softmax's coupling of the row. It sums over all keys, which no tile has, but it collapses:
+#     Δ_i = Σ_j P_ij (dO_i · V_j) = dO_i · Σ_j P_ij V_j = dO_i · O_i        known before the first tile.
+
+
+def _tile(Q, K, i, j, mask, diagonal, scale):
+    """Scores of a tile whose corner is (i, j) in S. diagonal: Tk - Tq if causal, else None."""
+    S = Q @ K.mT * scale  # (B,Hkv,G,n,D) x (B,Hkv,1,D,m) -> (B,Hkv,G,n,m)
+    n, m = S.shape[-2:]
+    if mask is not None:
+        tile = mask[..., i : i + n, j : j + m]  # (B, Hkv, G, n, m)
+        S = S.masked_fill(~tile, -math.inf) if mask.dtype == torch.bool else S + tile.to(S.dtype)
+    if diagonal is not None:  # hidden iff j + b > i + a + diagonal, for row a and column b of the tile
+        hidden = torch.ones(n, m, dtype=torch.bool, device=S.device).triu(1 + diagonal + i - j)
+        S = S.masked_fill(hidden, -math.inf)
+    return S
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, mask, diagonal, scale, block):
+        G, (Tq, Tk) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
+        wide = torch.promote_types(q.dtype, torch.float32)  # sums over many tiles would drown in bfloat16's 8 bits
+        Q = q.to(wide).unflatten(1, (-1, G))  # (B, Hkv, G, Tq, D)
+        K, V = k.to(wide).unsqueeze(2), v.to(wide).unsqueeze(2)  # (B, Hkv, 1, Tk, D): broadcast over G without a copy
+        if mask is not None:
+            mask = mask.expand(*q.shape[:3], Tk).unflatten(1, (-1, G))  # (B, Hkv, G, Tq, Tk) with stride 0: no memory
+        out = Q.new_empty(*Q.shape[:4], v.shape[3])  # (B, Hkv, G, Tq, Dv)
+        lse = Q.new_empty(*Q.shape[:4], 1)
+        for i in range(0, Tq, block):
+            Qi = Q[..., i : i + block, :]  # (B, Hkv, G, n, D), stays in the cache for the whole inner loop
+            m = torch.full_like(Qi[..., :1], -math.inf)
+            l = torch.zeros_like(m)
+            O = torch.zeros_like(out[..., i : i + block, :])
+            # Tiles above the diagonal are not computed at all: causal attention costs half.
+            last = Tk if diagonal is None else min(Tk, i + Qi.shape[-2] + diagonal)
+            for j in range(0, last, block):
+                S = _tile(Qi, K[..., j : j + block, :], i, j, mask, diagonal, scale)  # (B, Hkv, G, n, m)
+                m_new = torch.maximum(m, S.amax(-1, keepdim=True))
+                # While a row has seen nothing, m = m_new = -inf, and -inf - -inf = NaN: measure against 0 instead.
+                base = m_new.masked_fill(m_new == -math.inf, 0.0)
+                P = torch.exp(S - base)
+                alpha = torch.exp(m - base)  # 0 at the first tile that counts: m was -inf
+                l = alpha * l + P.sum(-1, keepdim=True)
+                O = alpha * O + P @ V[..., j : j + block, :]  # (B,Hkv,G,n,m) x (B,Hkv,1,m,Dv) -> (B,Hkv,G,n,Dv)
+                m = m_new
+            # One division per row, not per tile. l = 0 only in an empty row (a maximum itself adds 1): zeros, not 0/0.
+            out[..., i : i + block, :] = O / l.masked_fill(l == 0, 1.0)
+            lse[..., i : i + block, :] = m + torch.log(l)  # -inf in an empty row
+        ctx.save_for_backward(Q, K, V, mask, out, lse)  # O(T) numbers; the definition keeps P, O(Tq Tk)
+        ctx.rest = diagonal, scale, block, q.dtype
+        return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        Q, K, V, mask, out, lse = ctx.saved_tensors
+        diagonal, scale, block, dtype = ctx.rest
+        dO = grad.to(Q.dtype).unflatten(1, Q.shape[1:3])  # (B, Hkv, G, Tq, Dv)
+        delta = (dO * out).sum(-1, keepdim=True)  # Δ: (B, Hkv, G, Tq, 1)
+        lse = lse.masked_fill(lse == -math.inf, 0.0)  # an empty row: P = exp(-inf - 0) = 0, so every gradient is 0
+        dQ, dK, dV = torch.zeros_like(Q), torch.zeros_like(K), torch.zeros_like(V)
+        Tq, Tk = Q.shape[-2], K.shape[-2]
+        for j in range(0, Tk, block):  # keys outside: dK_j and dV_j are finished before the next tile
+            Kj, Vj = K[..., j : j + block, :], V[..., j : j + block, :]
+            first = 0 if diagonal is None else max(0, j - diagonal)  # the first query that sees key j
+            for i in range(first // block * block, Tq, block):
+                rows = slice(i, i + block)
+                P = torch.exp(_tile(Q[..., rows, :], Kj, i, j, mask, diagonal, scale) - lse[..., rows, :])
+                dP = dO[..., rows, :] @ Vj.mT  # (B,Hkv,G,n,Dv) x (B,Hkv,1,Dv,m) -> (B,Hkv,G,n,m)
+                dS = P * (dP - delta[..., rows, :]) * scale
+                dQ[..., rows, :] += dS @ Kj
+                # A key-value head serves G query heads, so its gradient is the sum over them.
+                dK[..., j : j + block, :] += (dS.mT @ Q[..., rows, :]).sum(2, keepdim=True)
+                dV[..., j : j + block, :] += (P.mT @ dO[..., rows, :]).sum(2, keepdim=True)
+        return dQ.flatten(1, 2).to(dtype), dK.squeeze(2).to(dtype), dV.squeeze(2).to(dtype), None, None, None, None
+
+
+def tiled_attention(q, k, v, *, causal=False, mask=None, scale=None, block=64):
+    """FlashAttention in plain PyTorch -> out (B, H, Tq, Dv) and lse (B, H, Tq), each row's log Σ exp S (-inf if empty).
+
+    The contract of the module without dropout (a kernel would redraw the same random numbers in the backward pass) and
+    without gradients to the mask or through lse. Made to be read: Python loops over tiles. Queries are the outer loop,
+    as in FlashAttention-2 (Dao 2023, 2307.08691), so a row is finished at once; the 2022 paper has the keys outside.
+    """
+    _check(q, k, v, mask)
+    if mask is not None and mask.requires_grad:
+        raise ValueError("mask requires grad: want a constant mask here, or naive_attention for a learned bias")
+    diagonal = k.shape[2] - q.shape[2] if causal else None
+    return _Tiled.apply(q, k, v, mask, diagonal, q.shape[-1] ** -0.5 if scale is None else scale, block)
+
+
+class MultiHeadAttention(nn.Module):
+    """Self-attention, or cross-attention to `context` (Vaswani et al. 2017, §3.2.2), with grouped queries (2305.13245).
+
+    x (B, T, C), context (B, Tk, C) -> (B, T, C). With n_kv_heads = n_heads and the same weights it equals
+    torch.nn.MultiheadAttention; mind that its masks are inverted (True: hidden) and must broadcast to (B, H, T, Tk)
+    here: mask = ~key_padding_mask[:, None, None, :]. dropout acts on P and in training only.
+    """
+
+    def __init__(self, d_model, n_heads, n_kv_heads=None, bias=True, dropout=0.0, attention=attention):
+        super().__init__()
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        if d_model % n_heads or n_heads % n_kv_heads:
+            raise ValueError(f"{d_model=}, {n_heads=}, {n_kv_heads=}: want each to divide the one before")
+        D = d_model // n_heads
+        self.heads, self.dropout, self.attention = (n_heads, n_kv_heads), dropout, attention
+        self.q_proj = nn.Linear(d_model, n_heads * D, bias)
+        self.k_proj = nn.Linear(d_model, n_kv_heads * D, bias)
+        self.v_proj = nn.Linear(d_model, n_kv_heads * D, bias)
+        self.o_proj = nn.Linear(d_model, d_model, bias)
+
+    def forward(self, x, context=None, *, causal=False, mask=None, positions=None, cache=None):
+        """positions (T,) or (B, T): rotate q and k. cache: a list, at first empty, that keeps this layer's k and v."""
+        if context is not None and (positions is not None or cache is not None):
+            raise ValueError("context with positions or cache: want these in self-attention only")
+        (H, Hkv), context = self.heads, x if context is None else context
+        q = self.q_proj(x).unflatten(-1, (H, -1)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
+        k = self.k_proj(context).unflatten(-1, (Hkv, -1)).transpose(1, 2)  # (B, Hkv, Tk, D)
+        v = self.v_proj(context).unflatten(-1, (Hkv, -1)).transpose(1, 2)  # (B, Hkv, Tk, D)
+        if positions is not None:
+            q, k = rotary(q, positions), rotary(k, positions)  # v is not rotated: positions only steer who is read
+        if cache is not None:
+            if cache:
+                k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)  # (B, Hkv, T_cached + T, D)
+            cache[:] = [k, v]
+        dropout = self.dropout if self.training else 0.0  # the functions cannot know: dropout in eval is a silent bug
+        out = self.attention(q, k, v, causal=causal, mask=mask, dropout=dropout)  # (B, H, T, D)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H, D) -> (B, T, C)
+
+
+def sinusoidal_positions(length, d_model):
+    """Fixed positions (length, d_model), float32 (Vaswani et al. 2017, §3.5), added to the embeddings:
+
+    PE[t, 2i] = sin(t / 10000^(2i / d_model)), PE[t, 2i+1] = cos of the same: turns of 2π to 10000 · 2π tokens.
+    """
+    if d_model % 2:
+        raise ValueError(f"{d_model=}: want an even number, a sine and a cosine per frequency")
+    t = torch.arange(length, dtype=torch.float64)[:, None]  # at t = 100,000 float32 leaves an angle 2 digits
+    angle = t / 10000 ** (torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)  # (length, d_model / 2)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()  # (length, d_model / 2, 2) -> interleaved
+
+
+class LearnedPositions(nn.Module):
+    """Adds a learned vector per position: x (B, T, C) -> (B, T, C); start: how many tokens stand before x (a cache)."""
+
+    def __init__(self, max_length, d_model):
+        super().__init__()
+        self.weight = nn.Parameter(0.02 * torch.randn(max_length, d_model))  # small beside the token embeddings
+
+    def forward(self, x, start=0):
+        end = start + x.shape[1]
+        if end > len(self.weight):
+            raise ValueError(f"x and start reach {end} positions: want at most max_length = {len(self.weight)}")
+        return x + self.weight[start:end]
+
+
+def rotary(x, positions, base=10000.0):
+    """Rotary positions (Su et al. 2021, §3.2.2): x (B, H, T, D), positions (T,) or (B, T) -> (B, H, T, D) in x's dtype.
+
+    Pair i of x, a point of the plane, is turned by the angle t · base^(-2i / D), where t is its position. With q turned
+    for m and k for n, q · k depends on m - n only. Turn q and k, before k enters a cache: a key keeps its own position.
+
+    A pair here is (x[i], x[i + D/2]), the halves of Hugging Face's Llama; the paper, Meta's own weights and Llama's in
+    GGUF pair neighbours (x[2i], x[2i+1]). Both are the same model with the rows of W_q and W_k reordered within each
+    head; mixing them up raises no error, the loss is merely bad.
+    """
+    D = x.shape[-1]
+    if D % 2:
+        raise ValueError(f"x has head size {D}: want an even one, to be turned in pairs")
+    wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 cannot tell position 256 from 257
+    frequency = 1.0 / base ** (torch.arange(0, D, 2, dtype=wide, device=x.device) / D)  # (D/2,)
+    angle = (positions.to(x.device, wide)[..., None] * frequency).unsqueeze(-3)  # (1, T, D/2) or (B, 1, T, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.to(wide).chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # (B, H, T, D)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    T, D = 1000, 64
+    q, k, v = torch.randn(3, 1, 4, T, D)  # (B, H, T, D)
+    exact = naive_attention(q.double(), k.double(), v.double(), causal=True)
+    tiled, lse = tiled_attention(q, k, v, causal=True)
+    paths = {"naive": naive_attention(q, k, v, causal=True), "torch": torch_attention(q, k, v, causal=True)}
+    paths |= {"tiled": tiled, "attention": attention(q, k, v, causal=True)}
+    print(f"causal, {T} tokens, 4 heads of {D}: largest error against float64")
+    print("  " + ", ".join(f"{name} {(out - exact).abs().max():.1e}" for name, out in paths.items()))
+    print(f"  scores held at once, per head: {T * T:,} by the definition, {64 * 64:,} by tiles of 64 x 64")
+    print("  the fused kernel:", "not installed" if fused is None else fused.why_not(q, k, v) or "used by attention")
+
+    new = q[:, :, -1:]  # decoding: one query, and the keys of all tokens so far
+    wrong = F.scaled_dot_product_attention(new, k, v, is_causal=True)
+    print("one new token against its row in the full pass: largest difference")
+    print(f"  bottom-right {(attention(new, k, v, causal=True) - exact[:, :, -1:]).abs().max():.1e}, ", end="")
+    print(f"PyTorch's is_causal, top-left {(wrong - exact[:, :, -1:]).abs().max():.1e}")
+    nothing = attention(q, k, v, mask=torch.zeros(T, T, dtype=torch.bool)).abs().max()
+    print(f"  every key hidden: {nothing}, and softmax alone: {torch.full((2,), -math.inf).softmax(0).tolist()}")
+
+    for heads in (8, 2, 1):
+        cache = []
+        MultiHeadAttention(512, 8, heads)(torch.randn(1, 10, 512), causal=True, cache=cache)
+        print(f"cache of 10 tokens, C = 512, 8 query heads, {heads} key-value: {sum(c.numel() for c in cache):,}")
+
+    print("sinusoidal positions, C = 4:", [[round(x, 5) for x in row] for row in sinusoidal_positions(3, 4).tolist()])
+    a, b = torch.randn(2, 1, 1, 1, D)
+    for m, n in ((5, 2), (105, 102), (5, 4)):
+        score = (rotary(a, torch.tensor([m])) * rotary(b, torch.tensor([n]))).sum()
+        print(f"rotary: query at {m}, key at {n}, distance {m - n}: score {score:.4f}")
