@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: MIT
+// torch.ops.minimal.*: the schemas, the check of every argument, the registration for the CPU, and the Python module
+// minimal._C with facts about this build. The mathematics is in the kernels (kernels.h); fake and autograd rules are
+// in minimal/fused.py, beside the call.
+//
+// Only PyTorch's stable ABI is used (torch/csrc/stable), so one binary serves every torch from the version named by
+// TORCH_TARGET_VERSION on. Nothing here may trust its caller: an operator can be reached from anywhere with anything,
+// and a wrong size that reaches a kernel is a segmentation fault.
+//
+// Letters: B batch, H query heads, Hkv key and value heads, Tq queries, Tk keys, D head size, Dv value size.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/version.h>
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace {
+
+using minimal::Type;
+using minimal::View;
+using torch::stable::Tensor;
+using Sizes = std::array<int64_t, 4>;
+
+constexpr int64_t kMaxHeadSize = 256;
+constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();  // of one dimension: i * stride cannot overflow later
+
+// ---------------------------------------------------------------------------------------------------- arguments
+
+std::string text(const int64_t* sizes, int64_t n) {
+  std::ostringstream s;
+  s << "(";
+  for (int64_t i = 0; i < n; i++) s << (i ? ", " : "") << sizes[i];
+  s << ")";
+  return s.str();
+}
+std::string text(const Sizes& s) { return text(s.data(), 4); }
+std::string shape(const Tensor& t) { return text(t.sizes().data(), t.dim()); }
+
+std::string dtype_name(int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float32()) return "float32";
+  if (dtype == aoti_torch_dtype_bfloat16()) return "bfloat16";
+  if (dtype == aoti_torch_dtype_float64()) return "float64";
+  if (dtype == aoti_torch_dtype_float16()) return "float16";
+  if (dtype == aoti_torch_dtype_bool()) return "bool";
+  if (dtype == aoti_torch_dtype_int64()) return "int64";
+  if (dtype == aoti_torch_dtype_int32()) return "int32";
+  return "ScalarType " + std::to_string(dtype);
+}
+
+const char* name_of(Type type) {
+  return type == Type::f32 ? "float32" : type == Type::bf16 ? "bfloat16" : "bool";
+}
+int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : type == Type::bf16 ? 2 : 1; }
+
+struct Dtypes {
+  bool f32, bf16, boolean;
+  const char* text;
+};
+constexpr Dtypes kFloats{true, true, false, "float32 or bfloat16"};
+constexpr Dtypes kFloat32{true, false, false, "float32"};
+constexpr Dtypes kMasks{true, true, true, "bool, float32 or bfloat16"};
+
+// What a kernel may be shown of a tensor of up to four dimensions, aligned to the right: (Tq, Tk) becomes (1, 1, Tq, Tk).
+// `op` and `name` are for the message.
+View view(const char* op, const char* name, const Tensor& t, const Dtypes& wanted, int64_t min_dim) {
+  STD_TORCH_CHECK(t.defined(), op, ": ", name, " is an undefined tensor");
+  int32_t layout = 0, dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), op, ": ", name, " must be a dense (strided) tensor");
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU, like the other arguments");
+
+  View v;
+  if (wanted.f32 && dtype == aoti_torch_dtype_float32()) v.type = Type::f32;
+  else if (wanted.bf16 && dtype == aoti_torch_dtype_bfloat16()) v.type = Type::bf16;
+  else if (wanted.boolean && dtype == aoti_torch_dtype_bool()) v.type = Type::boolean;
+  else STD_TORCH_CHECK(false, op, ": ", name, " has dtype ", dtype_name(dtype), "; wanted ", wanted.text);
+
+  const int64_t dim = t.dim();
+  STD_TORCH_CHECK(dim >= min_dim && dim <= 4, op, ": ", name, " has shape ", shape(t), "; wanted ",
+                  min_dim == 4 ? "4" : std::to_string(min_dim) + " to 4", " dimensions");
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  for (int64_t d = 0; d < 4; d++) {
+    const int64_t from = d - (4 - dim);
+    v.size[d] = from < 0 ? 1 : sizes[from];
+    v.stride[d] = from < 0 ? 0 : strides[from];
+    STD_TORCH_CHECK(v.size[d] <= kMaxLength, op, ": ", name, " has shape ", shape(t), "; wanted at most ", kMaxLength,
+                    " in a dimension");
+  }
+
+  // The last element must lie in the storage. torch checks that when it makes a view, but a storage can be shrunk
+  // afterwards (untyped_storage().resize_(0) is how sharded training frees parameters).
+  if (t.numel() > 0) {
+    int64_t last = t.storage_offset(), held = 0, step = 0, end = 0;
+    bool overflow = false;
+    for (int64_t d = 0; d < 4; d++) {
+      overflow |= __builtin_mul_overflow(v.size[d] - 1, v.stride[d], &step);
+      overflow |= __builtin_add_overflow(last, step, &last);
+    }
+    overflow |= __builtin_mul_overflow(last + 1, bytes_of(v.type), &end);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));
+    STD_TORCH_CHECK(!overflow && end <= held, op, ": ", name, " has shape ", shape(t), " but its storage holds only ",
+                    held, " bytes");
+    v.data = const_cast<void*>(t.const_data_ptr());  // the kernels only read their inputs
+    STD_TORCH_CHECK(v.data != nullptr, op, ": ", name, " has no memory");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(v.data) % bytes_of(v.type) == 0, op, ": ", name,
+                    " does not start at a multiple of its element size (", bytes_of(v.type), " bytes)");
+  }
+  return v;
+}
+
+void check_same_type(const char* op, const char* name, const View& v, const char* as, Type type) {
+  STD_TORCH_CHECK(v.type == type, op, ": ", name, " has dtype ", name_of(v.type), "; wanted ", name_of(type), ", as ", as);
+}
+
+void check_size(const char* op, const char* name, const View& v, const Sizes& wanted, const char* letters) {
+  for (int d = 0; d < 4; d++)
+    STD_TORCH_CHECK(v.size[d] == wanted[d], op, ": ", name, " has shape ", text(v.size, 4), "; wanted ", text(wanted), " = ",
+                    letters);
+}
+
+// A mask broadcasts by strides of 0; it is never copied out to the full size.
+View mask_view(const char* op, const std::optional<Tensor>& mask, Type type, const Sizes& full) {
+  if (!mask.has_value()) return View{};
+  View m = view(op, "mask", *mask, kMasks, 0);
+  STD_TORCH_CHECK(m.type != Type::bf16 || type == Type::bf16, op, ": mask has dtype bfloat16; wanted bool or float32, as the "
+                  "scores are float32");
+  for (int d = 0; d < 4; d++) {
+    STD_TORCH_CHECK(m.size[d] == full[d] || m.size[d] == 1, op, ": mask has shape ", shape(*mask),
+                    "; wanted a shape that broadcasts to ", text(full));
+    if (m.size[d] == 1) m.stride[d] = 0;
+    m.size[d] = full[d];
+  }
+  return m;
+}
+
+// A new contiguous tensor; the first `dim` sizes count.
+Tensor empty(const char* op, const Sizes& sizes, int64_t dim, Type type) {
+  Sizes strides{1, 1, 1, 1};
+  int64_t n = bytes_of(type), length = 1;
+  for (int64_t d = dim - 1; d >= 0; d--) {
+    strides[d] = length;
+    const int64_t size = sizes[d] > 0 ? sizes[d] : 1;  // the stride under an empty dimension, as torch writes it
+    STD_TORCH_CHECK(!__builtin_mul_overflow(n, size, &n), op, ": a result of shape ", text(sizes.data(), dim), " is too large");
+    length *= size;
+  }
+  AtenTensorHandle handle = nullptr;
+  const int32_t dtype = type == Type::f32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+  const auto failed = aoti_torch_empty_strided(dim, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle);
+  STD_TORCH_CHECK(!failed, op, ": no memory for a result of shape ", text(sizes.data(), dim), " (", n, " bytes)");
+  return Tensor(handle);
+}
+
+// The view of a tensor that we have just made: contiguous, `dim` dimensions aligned to the right or, for lse, to the left.
+View fresh(const Tensor& t, const Sizes& sizes, Type type) {
+  View v;
+  v.data = t.mutable_data_ptr();
+  v.type = type;
+  int64_t stride = 1;
+  for (int d = 3; d >= 0; d--) {
+    v.size[d] = sizes[d];
+    v.stride[d] = stride;
+    stride *= sizes[d];
+  }
+  return v;
+}
+
+bool is_empty(const Sizes& s) { return s[0] == 0 || s[1] == 0 || s[2] == 0 || s[3] == 0; }
+Sizes sizes_of(const View& v) { return {v.size[0], v.size[1], v.size[2], v.size[3]}; }
+
+// PyTorch's own thread pool. An exception must not cross the C function in between, which would lose its type and its
+// text: the first one waits here until every thread is done.
+void parallel(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
+  std::exception_ptr error;
+  std::atomic<bool> failed{false};
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    try {
+      body(context, begin, end);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
+// ---------------------------------------------------------------------------------------------------- operators
+
+Tensor softmax(const Tensor& x, const std::optional<Tensor>& mask, double scale, bool causal) {
+  const char* op = "minimal::softmax";
+  const View vx = view(op, "x", x, kFloats, causal ? 2 : 1);
+  const Sizes full = sizes_of(vx);
+  const View vm = mask_view(op, mask, vx.type, full);
+  STD_TORCH_CHECK(!mask.has_value() || mask->dim() <= x.dim(), op, ": mask has shape ", shape(*mask),
+                  "; wanted a shape that broadcasts to ", shape(x));
+  Sizes own{};
+  for (int64_t d = 0; d < x.dim(); d++) own[d] = x.sizes()[d];
+  Tensor y = empty(op, own, x.dim(), vx.type);
+  if (!is_empty(full)) minimal::softmax_forward(vx, vm, static_cast<float>(scale), causal, fresh(y, full, vx.type), parallel);
+  return y;
+}
+
+Tensor softmax_backward(const Tensor& grad, const Tensor& y, double scale) {
+  const char* op = "minimal::softmax_backward";
+  const View vy = view(op, "y", y, kFloats, 1);
+  const View vg = view(op, "grad", grad, kFloats, 1);
+  const Sizes full = sizes_of(vy);
+  check_same_type(op, "grad", vg, "y", vy.type);
+  STD_TORCH_CHECK(grad.dim() == y.dim() && sizes_of(vg) == full, op, ": grad has shape ", shape(grad), "; wanted ", shape(y),
+                  ", as y");
+  Sizes own{};
+  for (int64_t d = 0; d < y.dim(); d++) own[d] = y.sizes()[d];
+  Tensor dx = empty(op, own, y.dim(), vy.type);
+  if (!is_empty(full)) minimal::softmax_backward(vg, vy, static_cast<float>(scale), fresh(dx, full, vy.type), parallel);
+  return dx;
+}
+
+struct Qkv {
+  View q, k, v, mask;
+  Sizes out;  // (B, H, Tq, Dv)
+  Sizes lse;  // (B, H, Tq, 1)
+};
+
+Qkv check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask) {
+  Qkv a{view(op, "q", q, kFloats, 4), view(op, "k", k, kFloats, 4), view(op, "v", v, kFloats, 4), View{}, {}, {}};
+  check_same_type(op, "k", a.k, "q", a.q.type);
+  check_same_type(op, "v", a.v, "q", a.q.type);
+  const int64_t B = a.q.size[0], H = a.q.size[1], Tq = a.q.size[2], D = a.q.size[3];
+  const int64_t Hkv = a.k.size[1], Tk = a.k.size[2], Dv = a.v.size[3];
+  STD_TORCH_CHECK(H >= 1, op, ": q has shape ", shape(q), " = (B, H, Tq, D); wanted H of 1 or more");
+  STD_TORCH_CHECK(D >= 1 && D <= kMaxHeadSize, op, ": q has shape ", shape(q), " = (B, H, Tq, D); wanted D of 1 to ",
+                  kMaxHeadSize);
+  STD_TORCH_CHECK(Dv >= 1 && Dv <= kMaxHeadSize, op, ": v has shape ", shape(v), " = (B, Hkv, Tk, Dv); wanted Dv of 1 to ",
+                  kMaxHeadSize);
+  STD_TORCH_CHECK(Hkv >= 1 && H % Hkv == 0, op, ": k has shape ", shape(k), " = (B, Hkv, Tk, D); wanted an Hkv that divides H = ",
+                  H);
+  check_size(op, "k", a.k, {B, Hkv, Tk, D}, "(B, Hkv, Tk, D), with B and D of q");
+  check_size(op, "v", a.v, {B, Hkv, Tk, Dv}, "(B, Hkv, Tk, Dv), with B, Hkv and Tk of k");
+  a.mask = mask_view(op, mask, a.q.type, {B, H, Tq, Tk});
+  a.out = {B, H, Tq, Dv};
+  a.lse = {B, H, Tq, 1};
+  return a;
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
+                                     double scale, bool causal) {
+  const char* op = "minimal::attention";
+  const Qkv a = check_qkv(op, q, k, v, mask);
+  Tensor out = empty(op, a.out, 4, a.q.type);
+  Tensor lse = empty(op, a.lse, 3, Type::f32);
+  if (!is_empty(a.out))
+    minimal::attention_forward(a.q, a.k, a.v, a.mask, static_cast<float>(scale), causal, fresh(out, a.out, a.q.type),
+                               fresh(lse, a.lse, Type::f32), parallel);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+                                                      const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask,
+                                                      double scale, bool causal) {
+  const char* op = "minimal::attention_backward";
+  const Qkv a = check_qkv(op, q, k, v, mask);
+  const View vg = view(op, "grad", grad, kFloats, 4), vo = view(op, "out", out, kFloats, 4);
+  check_same_type(op, "grad", vg, "q", a.q.type);
+  check_same_type(op, "out", vo, "q", a.q.type);
+  check_size(op, "grad", vg, a.out, "(B, H, Tq, Dv)");
+  check_size(op, "out", vo, a.out, "(B, H, Tq, Dv)");
+  View vl = view(op, "lse", lse, kFloat32, 3);
+  STD_TORCH_CHECK(lse.dim() == 3 && vl.size[1] == a.lse[0] && vl.size[2] == a.lse[1] && vl.size[3] == a.lse[2], op,
+                  ": lse has shape ", shape(lse), "; wanted ", text(a.lse.data(), 3), " = (B, H, Tq)");
+  for (int d = 0; d < 4; d++) {  // (B, H, Tq) -> (B, H, Tq, 1)
+    vl.size[d] = a.lse[d];
+    vl.stride[d] = d < 3 ? vl.stride[d + 1] : 1;
+  }
+
+  const Sizes sq = sizes_of(a.q), sk = sizes_of(a.k), sv = sizes_of(a.v);
+  Tensor dq = empty(op, sq, 4, a.q.type), dk = empty(op, sk, 4, a.q.type), dv = empty(op, sv, 4, a.q.type);
+  if (!is_empty(sq) || !is_empty(sk))
+    minimal::attention_backward(vg, a.q, a.k, a.v, vo, vl, a.mask, static_cast<float>(scale), causal, fresh(dq, sq, a.q.type),
+                                fresh(dk, sk, a.q.type), fresh(dv, sv, a.q.type), parallel);
+  return {dq, dk, dv};
+}
+
+// ---------------------------------------------------------------------------------------------------- build facts
+
+std::string torch_version(uint64_t abi) {  // one byte each: major, minor, patch
+  return std::to_string(abi >> 56) + "." + std::to_string(abi >> 48 & 255) + "." + std::to_string(abi >> 40 & 255);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(minimal, m) {
+  // A mask is boolean (true: may attend) or additive and broadcasts to the scores; causal is aligned bottom-right; a row
+  // with nothing to attend to gives zeros. lse is the natural logarithm of the sum of exponentials, -inf for such a row.
+  m.def("softmax(Tensor x, Tensor? mask, float scale, bool causal) -> Tensor");
+  m.def("softmax_backward(Tensor grad, Tensor y, float scale) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, float scale, "
+      "bool causal) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(minimal, CPU, m) {
+  m.impl("softmax", TORCH_BOX(&softmax));
+  m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+}
+
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Importing this module registers torch.ops.minimal.*; its attributes are facts about the build.";
+#if defined(__clang__)
+  m.attr("compiler") = "Clang " __clang_version__;
+#elif defined(__GNUC__)
+  m.attr("compiler") = "GCC " __VERSION__;
+#else
+  m.attr("compiler") = "unknown";
+#endif
+#ifdef MINIMAL_FLAGS
+  m.attr("flags") = MINIMAL_FLAGS;
+#else
+  m.attr("flags") = "";
+#endif
+  m.attr("torch_built_with") = torch_version(TORCH_ABI_VERSION);
+  m.attr("torch_needed") = torch_version(TORCH_TARGET_VERSION);
+  m.def("instruction_sets", [] { return std::string(minimal::instruction_sets()); },
+        "The instruction sets compiled in that this processor can run, best first, comma-separated.");
+  m.def("instruction_set", [] { return std::string(minimal::instruction_set()); }, "The one in use.");
+  m.def("choose_instruction_set", [](const std::string& name) {
+    if (!minimal::choose_instruction_set(name.c_str()))
+      throw pybind11::value_error("name=\"" + name + "\" is not an instruction set of this build and processor; wanted one of " +
+                                  minimal::instruction_sets() + ", or \"\" for the best");
+  }, pybind11::arg("name"), "Use this one from now on (\"\": the best); ValueError if it cannot run here.");
+}

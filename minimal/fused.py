@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: MIT
+"""Fused softmax and attention for the CPU: the door to torch.ops.minimal.*, with plain PyTorch behind it.
+
+The kernels follow FlashAttention-2 (Dao 2023, arXiv 2307.08691) in tiles, with the running maximum and sum of online
+softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), so that no Tq x Tk matrix is ever stored:
+
+    S = scale Q K^T + M      P = softmax(S)      O = P V      L_i = log sum_j exp S_ij  (kept for the backward pass)
+    dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(dO * O))      dQ = scale dS K      dK = scale dS^T Q
+
+Departures from the paper: it is for CPUs; masks, grouped queries and causal with Tq != Tk (aligned bottom-right) are
+inside; a row with nothing to attend to gives zeros and zero gradients instead of NaN.
+
+    from minimal import fused
+    out = fused.attention(q, k, v, causal=True)     # the kernels where they can, else the same in plain PyTorch
+    print(fused.why_not(q, k, v) or "fused")        # one line: why the slow path runs
+
+MINIMAL_FUSED=0 in the environment, read at import, forces plain PyTorch. `python -m minimal.fused` shows what runs.
+
+This is the one file that knows the compiled module minimal/_C (built by setup.py from csrc/, which holds the schemas).
+Here are the rules beside them: fake (shapes, for torch.compile and torch.export) and autograd (once differentiable).
+
+Letters: B batch, H query heads, Hkv key and value heads, Tq queries, Tk keys, D head size, Dv value size.
+"""
+
+import importlib.machinery
+import importlib.util
+import math
+import os
+import sys
+import warnings
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+MAX_HEAD_SIZE = 256
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------------ loading, once
+
+
+def _load() -> str | None:
+    """Load minimal/_C and give its operators their rules. Returns None, or in one line why there are no operators."""
+    if os.environ.get("MINIMAL_FUSED") == "0":
+        return "switched off by MINIMAL_FUSED=0"
+    # Registering the operators twice would abort the process, and nothing could catch that: so look before loading.
+    if not hasattr(torch.ops.minimal, "attention"):
+        spec = importlib.machinery.PathFinder.find_spec("_C", [os.path.dirname(os.path.abspath(__file__))])
+        if spec is None or spec.origin is None:
+            return "not built: there is no compiled minimal/_C (pip install --no-build-isolation -e . makes it)"
+        try:
+            spec = importlib.util.spec_from_file_location("minimal._C", spec.origin)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        except (ImportError, OSError) as error:  # built for another Python or torch, or a damaged file
+            reason = f"broken: {spec.origin} does not load: {' '.join(str(error).split())}"
+            warnings.warn(f"minimal.fused runs in plain PyTorch; {reason}", RuntimeWarning, stacklevel=3)
+            return reason
+        sys.modules["minimal._C"] = module
+    if not hasattr(torch.ops.minimal, "has_rules"):  # a second copy of this file, or a reload, must not add them again
+        _register_rules()
+        torch.ops.minimal.has_rules = True
+    return None
+
+
+def _register_rules() -> None:
+    fake, autograd = torch.library.register_fake, torch.library.register_autograd
+    contiguous = torch.contiguous_format
+
+    fake("minimal::softmax", lambda x, mask, scale, causal: torch.empty_like(x, memory_format=contiguous))
+    fake("minimal::softmax_backward", lambda grad, y, scale: torch.empty_like(y, memory_format=contiguous))
+    fake(
+        "minimal::attention",
+        lambda q, k, v, mask, scale, causal: (
+            q.new_empty((*q.shape[:3], v.shape[3])),  # (B, H, Tq, Dv)
+            q.new_empty(q.shape[:3], dtype=torch.float32),  # (B, H, Tq)
+        ),
+    )
+    fake(
+        "minimal::attention_backward",
+        lambda grad, q, k, v, out, lse, mask, scale, causal: tuple(
+            torch.empty_like(x, memory_format=contiguous) for x in (q, k, v)
+        ),
+    )
+    autograd("minimal::softmax", _softmax_backward, setup_context=_softmax_context)
+    autograd("minimal::attention", _attention_backward, setup_context=_attention_context)
+    # Without these two lines a second derivative would be silently zero.
+    autograd("minimal::softmax_backward", _no_second_derivative)
+    autograd("minimal::attention_backward", _no_second_derivative)
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def _softmax_context(ctx, inputs, output):
+    ctx.save_for_backward(output)
+    ctx.scale = inputs[2]
+
+
+def _softmax_backward(ctx, grad):
+    (y,) = ctx.saved_tensors
+    return torch.ops.minimal.softmax_backward(grad, y, ctx.scale), None, None, None
+
+
+def _attention_context(ctx, inputs, output):
+    q, k, v, mask, ctx.scale, ctx.causal = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, mask)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # or a gradient of zeros would be made for lse
+
+
+def _attention_backward(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None, None, None
+    q, k, v, out, lse, mask = ctx.saved_tensors
+    dq, dk, dv = torch.ops.minimal.attention_backward(grad, q, k, v, out, lse, mask, ctx.scale, ctx.causal)
+    return dq, dk, dv, None, None, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "torch.ops.minimal is differentiable once; set MINIMAL_FUSED=0 (plain PyTorch) for second derivatives"
+    )
+
+
+# The autograd rules registered above serve torch.compile, torch.export and direct calls of the operators. In eager mode
+# they cost more than they need (a trip through Python inside the dispatcher), so there the same two functions of each
+# operator stand in an autograd.Function around it, which halves what a call costs before any arithmetic.
+def _eager(op, context, backward) -> type:
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():  # past the registered rule: this class is the rule
+            output = op(*inputs)
+        context(ctx, inputs, output)
+        return output
+
+    rules = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type("Eager", (torch.autograd.Function,), rules)
+
+
+_reason = _load()  # None: the operators are there
+if _reason is None:
+    _softmax_op, _attention_op = torch.ops.minimal.softmax.default, torch.ops.minimal.attention.default
+    _EagerSoftmax = _eager(_softmax_op, _softmax_context, _softmax_backward)
+    _EagerAttention = _eager(_attention_op, _attention_context, _attention_backward)
+
+
+# ------------------------------------------------------------------------------------------------ which path runs
+
+
+def available() -> bool:
+    """Whether the compiled operators are loaded and not switched off."""
+    return _reason is None
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that attention computes in: x's own or, under autocast, what autocast gives to PyTorch's attention."""
+    if torch.is_autocast_enabled("cpu") and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
+
+
+def _unfit(name: str, x: Tensor) -> str | None:
+    if not x.is_cpu or x.layout != torch.strided:
+        return f"{name} is a {x.layout} tensor on {x.device}; the fused path takes dense tensors on the CPU"
+    return None
+
+
+def _unfit_mask(mask: Tensor, dtype: torch.dtype) -> str | None:
+    if mask.requires_grad and torch.is_grad_enabled():
+        return "mask needs a gradient, which the fused path does not give"
+    if mask.dtype not in (torch.bool, torch.float32, dtype):
+        return f"mask has dtype {mask.dtype}; the fused path takes bool, float32 or {dtype}"
+    return _unfit("mask", mask)
+
+
+def why_not(
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> str | None:
+    """None when attention(q, k, v, mask=mask) runs fused; else one line that says why not. Give what is known.
+
+    Only what decides the path is looked at: shapes that do not fit together are for the operator, which raises.
+    """
+    if _reason is not None:
+        return _reason
+    if dropout:
+        return f"dropout={dropout}: the fused path has none"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on: the fused path has the backward mode only"
+    dtype = None
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x is None:
+            continue
+        if (reason := _unfit(name, x)) is not None:
+            return reason
+        own = _compute_dtype(x)
+        if own not in _DTYPES or own != (dtype or own):
+            return f"{name} has dtype {own}; the fused path takes q, k and v all float32 or all bfloat16"
+        dtype = own
+        if x.dim() != 4 or not 1 <= x.shape[3] <= MAX_HEAD_SIZE:
+            wanted = f"4 dimensions, the last of 1 to {MAX_HEAD_SIZE}"
+            return f"{name} has shape {tuple(x.shape)}; the fused path takes {wanted}"
+    return None if mask is None else _unfit_mask(mask, dtype or torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------ the operators
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """softmax(scale q k^T + mask) v, fused where why_not(q, k, v, mask=mask) is None, else in plain PyTorch.
+
+    q (B, H, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) -> (B, H, Tq, Dv), contiguous, of q's dtype.
+    Hkv divides H: query head h uses key and value head h // (H // Hkv). float32 or bfloat16 (summed in float32), any
+    strides. mask: boolean (True: may attend) or additive, of any shape that broadcasts to (B, H, Tq, Tk); never copied.
+    causal: query i sees key j iff j <= i + Tk - Tq, in addition to the mask. A row that sees nothing gives zeros.
+    scale: 1/sqrt(D) by default. Under torch.autocast q, k and v are cast as for F.scaled_dot_product_attention.
+    Raises RuntimeError, in one line that names the argument, for sizes or dtypes that do not fit together.
+    """
+    scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
+    if why_not(q, k, v, mask=mask) is not None:
+        return _plain_attention(q, k, v, causal, mask, scale)
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (x.to(_compute_dtype(x)) for x in (q, k, v))
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if not torch.compiler.is_compiling():
+            return _EagerAttention.apply(q, k, v, mask, scale, causal)[0]
+    return _attention_op(q, k, v, mask, scale, causal)[0]
+
+
+def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """softmax(scale x + mask) over the last dimension, fused where it can, else in plain PyTorch.
+
+    x (..., Tk), or (..., Tq, Tk) when causal; float32 or bfloat16 -> the same shape and dtype, contiguous.
+    mask and causal as in attention(), the mask broadcasting to x's shape; a row with nothing left gives zeros.
+    """
+    if (
+        _reason is not None
+        or x.dtype not in _DTYPES
+        or x.dim() == 0
+        or _unfit("x", x) is not None
+        or forward_ad._current_level >= 0
+        or (mask is not None and _unfit_mask(mask, x.dtype) is not None)
+    ):
+        return _plain_softmax(x, causal, mask, scale)
+    shape = x.shape
+    if x.dim() > 4:  # the operator takes four; fold the leading ones
+        if mask is not None and mask.dim() > 3:
+            mask = mask.expand(shape).flatten(0, -4)
+        x = x.flatten(0, -4)
+    scale = float(scale)
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        y = _EagerSoftmax.apply(x, mask, scale, causal)
+    else:
+        y = _softmax_op(x, mask, scale, causal)
+    return y.reshape(shape) if y.dim() != len(shape) else y
+
+
+# ------------------------------------------------------------------------------------------------ plain PyTorch
+
+
+def _plain_softmax(x: Tensor, causal: bool, mask: Tensor | None, scale: float) -> Tensor:
+    """The definition, differentiable as often as one likes."""
+    s = scale * (x if x.dtype == torch.float64 else x.float())
+    if mask is not None and mask.dtype == torch.bool:
+        s = s.masked_fill(~mask, -math.inf)
+    elif mask is not None and mask.is_floating_point():
+        s = s + mask
+    elif mask is not None:  # 0s and 1s: adding them would mask nothing, and nobody would notice
+        raise TypeError(f"mask has dtype {mask.dtype}; wanted bool (True: may attend) or floating point (added)")
+    if causal:
+        Tq, Tk = s.shape[-2:]
+        s = s.masked_fill(~torch.ones(Tq, Tk, dtype=torch.bool, device=s.device).tril(Tk - Tq), -math.inf)
+    empty = (s == -math.inf).all(-1, keepdim=True)  # torch.softmax would give NaN there
+    return torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(x.dtype)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> Tensor:
+    groups = q.shape[1] // max(k.shape[1], 1)
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, Tk, D), (B, H, Tk, Dv)
+    p = _plain_softmax(q @ k.mT, causal, mask, scale)  # (B, H, Tq, Tk)
+    return p.to(v.dtype) @ v  # (B, H, Tq, Dv)
+
+
+if __name__ == "__main__":
+    print(f"torch {torch.__version__}:", "fused" if available() else f"plain PyTorch, as {_reason}")
+    C = sys.modules.get("minimal._C")
+    if available() and C is not None:
+        print(f"  built by {C.compiler} with {C.flags}, torch {C.torch_built_with} (needs {C.torch_needed})")
+        print(f"  instruction sets: {C.instruction_sets()}; in use: {C.instruction_set()} (MINIMAL_ISA chooses)")
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 8, 7, 64), torch.randn(1, 2, 9, 64), torch.randn(1, 2, 9, 64)
+    exact = _plain_attention(q.double(), k.double(), v.double(), True, None, 0.125)
+    error = (attention(q, k, v, causal=True) - exact).abs().max().item()
+    print(f"  7 queries over 9 keys, 8 heads on 2, causal: largest error against float64 {error:.1e}")
+    print(f"  q.double(): {why_not(q.double()) or 'fused'}")
+    print(f"  head size 300: {why_not(torch.zeros(1, 1, 1, 300)) or 'fused'}")
