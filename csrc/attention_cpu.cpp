@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT
+// Attention on the CPU: how the work is shared between the threads. The tiles themselves are in attention_kernel.h.
+#include <atomic>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace minimal {
+
+struct Attention {
+  View q, k, v, mask, out, lse;
+  float scale;
+  bool causal;
+  View dout, dq, dk, dv;  // backward only
+};
+constexpr int64_t QUERIES = 64;  // in a tile: four AVX-512 vectors
+constexpr int64_t KEYS = 96;     // in a block: S' of a tile then takes 24 KB, half of a first-level cache
+
+}  // namespace minimal
+
+#define MINIMAL_KERNEL "attention_kernel.h"
+#include "every_isa.h"
+
+namespace minimal {
+namespace {
+
+int64_t work(const Attention& a) { return a.q.size[0] * a.q.size[1] * a.q.size[2] * a.k.size[2] * (a.q.size[3] + a.v.size[3]); }
+
+// Waking the threads costs some microseconds, which a small product does not earn back.
+void run(const Attention& a, int64_t n, void (*body)(void*, int64_t, int64_t), Parallel parallel) {
+  if (n == 0) return;
+  if (n == 1 || work(a) < 100000) body((void*)&a, 0, n);
+  else parallel(n, body, (void*)&a);
+}
+
+// How many pieces the pool cuts a long loop into.
+int64_t threads(Parallel parallel) {
+  std::atomic<int64_t> pieces{0};
+  parallel(4096, [](void* count, int64_t, int64_t) { ++*static_cast<std::atomic<int64_t>*>(count); }, &pieces);
+  return pieces;
+}
+
+}  // namespace
+
+void attention_forward(View q, View k, View v, View mask, float scale, bool causal, View out, View lse, Parallel parallel) {
+  Attention a{q, k, v, mask, out, lse, scale, causal, {}, {}, {}, {}};
+  run(a, q.size[0] * q.size[1] * ((q.size[2] + QUERIES - 1) / QUERIES), MINIMAL_BEST(forward_tiles), parallel);
+}
+
+void attention_backward(View dout, View q, View k, View v, View out, View lse, View mask, float scale, bool causal,
+                        View dq, View dk, View dv, Parallel parallel) {
+  Attention a{q, k, v, mask, out, lse, scale, causal, dout, dq, dk, dv};
+  const int64_t heads = k.size[0] * k.size[1];
+  if (heads == 0) return;
+  // A thread takes whole key-value heads (5 products a head), unless so many threads would then stand idle that 7 products
+  // spread over all of them are sooner done. The results are the same to the last bit, so the choice may depend on the pool.
+  const int64_t pool = work(a) < 100000 ? 1 : threads(parallel);
+  const int64_t rounds = (heads + pool - 1) / pool;
+  if (5 * rounds * pool <= 7 * heads) return run(a, heads, MINIMAL_BEST(backward_heads), parallel);
+  run(a, heads * ((k.size[2] + KEYS - 1) / KEYS), MINIMAL_BEST(backward_keys), parallel);
+  run(a, q.size[0] * q.size[1] * ((q.size[2] + QUERIES - 1) / QUERIES), MINIMAL_BEST(backward_queries), parallel);
+}
+
+}  // namespace minimal

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: MIT
+// Softmax on the CPU, and the choice of the instruction set that both kernels run on.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace minimal {
+struct Softmax {
+  View x, mask, y;
+  float scale;
+  bool causal;
+};
+struct SoftmaxBackward {
+  View dy, y, dx;
+  float scale;
+};
+}  // namespace minimal
+
+#define MINIMAL_KERNEL "softmax_kernel.h"
+#include "every_isa.h"
+
+namespace minimal {
+namespace {
+
+// Waking the threads costs some microseconds, which a small tensor does not earn back.
+void run(const View& x, void (*body)(void*, int64_t, int64_t), void* context, Parallel parallel) {
+  const int64_t rows = x.size[0] * x.size[1] * x.size[2];
+  if (rows * x.size[3] == 0) return;
+  if (rows * x.size[3] < 16384) body(context, 0, rows);
+  else parallel(rows, body, context);
+}
+
+constexpr struct { Isa isa; const char* name; } names[] = {
+#if MINIMAL_X86
+    {Isa::avx512, "avx512"}, {Isa::avx2, "avx2"},
+#endif
+    {Isa::generic, "generic"}};
+
+bool runs_here(Isa isa) {
+#if MINIMAL_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::avx2) return avx2;
+  if (isa == Isa::avx512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return isa == Isa::generic;
+}
+
+// "" chooses the best. False: not a name, or not for this processor.
+bool find(const char* name, Isa& found) {
+  for (const auto& n : names)
+    if (runs_here(n.isa) && (!*name || !std::strcmp(name, n.name))) {
+      found = n.isa;
+      return true;
+    }
+  return false;
+}
+
+std::atomic<Isa>& chosen() {
+  static std::atomic<Isa> isa = [] {
+    const char* wanted = std::getenv("MINIMAL_ISA");
+    Isa first = Isa::generic;
+    if (!wanted || !find(wanted, first)) find("", first);  // an unknown name is not worth dying for while importing
+    return first;
+  }();
+  return isa;
+}
+
+}  // namespace
+
+Isa isa() { return chosen().load(std::memory_order_relaxed); }
+
+const char* instruction_set() {
+  for (const auto& n : names)
+    if (n.isa == isa()) return n.name;
+  return "";
+}
+
+const char* instruction_sets() {
+  static char list[32] = "";
+  static const bool once = [] {
+    for (const auto& n : names)
+      if (runs_here(n.isa)) std::strcat(std::strcat(list, *list ? "," : ""), n.name);
+    return true;
+  }();
+  (void)once;
+  return list;
+}
+
+bool choose_instruction_set(const char* name) {
+  Isa wanted;
+  if (!find(name, wanted)) return false;
+  chosen() = wanted;
+  return true;
+}
+
+void softmax_forward(View x, View mask, float scale, bool causal, View y, Parallel parallel) {
+  Softmax a{x, mask, y, scale, causal};
+  run(x, MINIMAL_BEST(softmax_rows), &a, parallel);
+}
+
+void softmax_backward(View dy, View y, float scale, View dx, Parallel parallel) {
+  SoftmaxBackward a{dy, y, dx, scale};
+  run(y, MINIMAL_BEST(softmax_rows_backward), &a, parallel);
+}
+
+}  // namespace minimal

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: MIT
+// Vectors of W floats, written with the vector extensions of GCC and Clang. No include guard: every_isa.h includes this
+// once per instruction set, inside a namespace.
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
+
+constexpr int W = MINIMAL_VECTOR_BYTES / 4;
+typedef float vf __attribute__((vector_size(MINIMAL_VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(MINIMAL_VECTOR_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(MINIMAL_VECTOR_BYTES)));
+typedef uint16_t vh __attribute__((vector_size(MINIMAL_VECTOR_BYTES / 2)));
+typedef uint8_t vb __attribute__((vector_size(MINIMAL_VECTOR_BYTES / 4)));
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+INLINE vf load(const float* p) {
+  vf v;
+  __builtin_memcpy(&v, p, sizeof v);  // one unaligned load
+  return v;
+}
+INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
+INLINE vf splat(float x) { return x - vf{}; }
+
+// Called as maximum(new, so far): a NaN in `new` is dropped here, and comes back through exp.
+INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
+
+#if MINIMAL_VECTOR_BYTES == 64
+INLINE vi lane_numbers() { return vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+INLINE vf zip_low(vf a, vf b) { return SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); }
+INLINE vf zip_high(vf a, vf b) { return SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); }
+#elif MINIMAL_VECTOR_BYTES == 32
+INLINE vi lane_numbers() { return vi{0, 1, 2, 3, 4, 5, 6, 7}; }
+INLINE vf zip_low(vf a, vf b) { return SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+INLINE vf zip_high(vf a, vf b) { return SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#else
+INLINE vi lane_numbers() { return vi{0, 1, 2, 3}; }
+INLINE vf zip_low(vf a, vf b) { return SHUFFLE(a, b, 0, 4, 1, 5); }
+INLINE vf zip_high(vf a, vf b) { return SHUFFLE(a, b, 2, 6, 3, 7); }
+#endif
+
+// r[i][j] <-> r[j][i]: log2(W) perfect shuffles.
+INLINE void transpose(vf (&r)[W]) {
+  UNROLL for (int step = 1; step < W; step *= 2) {
+    vf t[W];
+    UNROLL for (int i = 0; i < W / 2; i++) {
+      t[2 * i] = zip_low(r[i], r[i + W / 2]);
+      t[2 * i + 1] = zip_high(r[i], r[i + W / 2]);
+    }
+    UNROLL for (int i = 0; i < W; i++) r[i] = t[i];
+  }
+}
+
+// exp(x) for x <= 88: 2^n exp(r) with n = round(x / ln 2), |r| <= ln(2) / 2, and a polynomial of degree 5 for exp(r) (our
+// own minimax fit of the relative error). At most 2 ulp; results below the smallest normal number are 0; NaN stays NaN.
+INLINE vf exp(vf x) {
+  const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
+  vf shifted = x * 1.44269504f + round;
+  vf n = shifted - round;
+  vf r = x - n * 0.693359375f;  // ln 2 in two parts: n times the first is exact
+  r = r - n * -2.12194440e-4f;
+  vf p = r * 0.00829029771f + 0.0418980220f;
+  p = p * r + 0.166676370f;
+  p = p * r + 0.499991489f;
+  p = p * r + 0.999999707f;
+  p = p * r + 1.0f;
+  p *= (vf)(((vu)shifted << 23) + 0x3f800000u);  // 2^n, made in the exponent field
+  return x < -87.33654f ? vf{} : p;              // the comparison is false for NaN, and p is NaN then
+}
+
+// log(x) for normal x: x = 2^e f with f in [sqrt(1/2), sqrt(2)], log f = 2 atanh(s) for s = (f - 1) / (f + 1).
+INLINE vf log(vf x) {
+  vi e = ((vi)x - 0x3f3504f3) >> 23;
+  vf f = (vf)((vi)x - (vi)((vu)e << 23));
+  vf s = (f - 1.0f) / (f + 1.0f), s2 = s * s;
+  vf p = s2 * (2.0f / 9) + (2.0f / 7);
+  p = p * s2 + (2.0f / 5);
+  p = p * s2 + (2.0f / 3);
+  p = p * s2 + 2.0f;
+  return __builtin_convertvector(e, vf) * 0.693147181f + p * s;
+}
+
+INLINE vf from_bf16(const void* p) {
+  vh h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+INLINE void to_bf16(void* p, vf v) {
+  vu u = (vu)v;
+  vu even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;     // to nearest, ties to even
+  vu bits = v == v ? even : ((u >> 16) | 0x40u);        // rounding could carry a NaN into infinity: keep it, quiet
+  vh h = __builtin_convertvector(bits, vh);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+// true: 0, false: -inf, so that a boolean mask is added like any other
+INLINE vf from_bool(const void* p) {
+  vb b;
+  __builtin_memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(b, vi) == 0 ? splat(-__builtin_inff()) : vf{};
+}
+
+INLINE int64_t bytes(Type type) { return type == Type::f32 ? 4 : type == Type::bf16 ? 2 : 1; }
+
+static __attribute__((noinline)) vf read_few(const char* p, Type type, int64_t stride, int64_t n) {
+  alignas(64) char line[4 * W] = {};  // W elements of any type, the absent ones zero
+  const int64_t size = bytes(type);
+  for (int64_t i = 0; i < n && i < W; i++)
+    for (int64_t byte = 0; byte < size; byte++) line[i * size + byte] = p[i * stride * size + byte];
+  return type == Type::f32 ? load((const float*)line) : type == Type::bf16 ? from_bf16(line) : from_bool(line);
+}
+static __attribute__((noinline)) void write_few(char* p, Type type, int64_t stride, int64_t n, vf v) {
+  alignas(64) char line[4 * W];
+  if (type == Type::f32) store((float*)line, v); else to_bf16(line, v);
+  const int64_t size = bytes(type);
+  for (int64_t i = 0; i < n && i < W; i++)
+    for (int64_t byte = 0; byte < size; byte++) p[i * stride * size + byte] = line[i * size + byte];
+}
+
+// Elements at, at + stride, ... of a tensor as floats: the first n of a vector (all W when n >= W), zero past them.
+// Of a boolean tensor, -inf past them.
+INLINE vf read(const View& x, int64_t at, int64_t stride, int64_t n) {
+  const char* p = (const char*)x.data + at * bytes(x.type);
+  if (stride != 1 || n < W) return read_few(p, x.type, stride, n);
+  return x.type == Type::f32 ? load((const float*)p) : x.type == Type::bf16 ? from_bf16(p) : from_bool(p);
+}
+INLINE void write(const View& x, int64_t at, int64_t stride, int64_t n, vf v) {
+  char* p = (char*)x.data + at * bytes(x.type);
+  if (stride != 1 || n < W) return write_few(p, x.type, stride, n, v);
+  if (x.type == Type::f32) store((float*)p, v); else to_bf16(p, v);
+}
+INLINE int64_t at(const View& x, int64_t i, int64_t j, int64_t k) { return i * x.stride[0] + j * x.stride[1] + k * x.stride[2]; }
