@@ -21,7 +21,7 @@ GPT-2's (in, out) when saved and loaded; they are loaded as float32, whatever th
     loss, count = model.loss(ids);  (loss / count).backward()
     model.save_pretrained("out");   model = GPT.from_pretrained("out")      # transformers opens the folder too
 
-Letters: B batch, T new tokens, S cached + new, H heads, D head size, C = H D channels, V vocabulary, P context, L layers.
+Letters: B batch, T new tokens, S cached + new, H heads, D head size, C = H D, V vocabulary, P context, L layers.
 """
 
 import json

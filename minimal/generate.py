@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: MIT
+"""Text from a language model: greedy, temperature, top-k, top-p, repetition penalty, stop strings, streaming, a cache.
+
+Papers: Holtzman, Buys, Du, Forbes, Choi, "The Curious Case of Neural Text Degeneration" (2019, arXiv 1904.09751) for
+top-p; Fan, Lewis, Dauphin, "Hierarchical Neural Story Generation" (2018, arXiv 1805.04833) for top-k; Keskar, McCann,
+Varshney, Xiong, Socher, "CTRL" (2019, arXiv 1909.05858) for the penalty. One token, from its logits x, in this order:
+
+    penalty      x_i <- x_i / theta  where x_i > 0,  x_i theta  where x_i < 0     for every token i already present
+    temperature  x <- x / tau                                                   tau -> 0 is greedy
+    top-k        keep the k largest
+    top-p        keep the smallest set of largest p_i = softmax(x)_i that sums to top_p or more
+    sample       i ~ softmax(x over the kept)
+
+Departures: CTRL divides negative logits too, which would favour the repeated token: here they are multiplied. Top-k
+keeps k tokens, never more; which of several equal ones at the cut is left to PyTorch.
+
+    ids = generate(model, ids, 100, temperature=0.8, top_p=0.95)                # (B, T) -> (B, T + at most 100)
+    for piece in stream_text(model, tokenizer, "Once", 100, stop="\\n\\n"):
+        print(piece, end="", flush=True)
+
+The model is any callable: model(ids, cache=None) -> logits (B, T, V), where the cache is a list that starts empty and
+that each call extends. When the context is full, the newer half of the window is read again as if the text began
+there, with positions from 0 (learned positions have no others): one slow step every half context. With a cache and
+without, the windows are the same, so the tokens are too.
+
+Letters: B batch, T tokens, V vocabulary.
+"""
+
+import math
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+
+def penalise_repetition(logits, ids, penalty):
+    """CTRL's penalty theta (its section 4.1) on every token of `ids` (B, T), once however often it occurs; (B, V)."""
+    if not 0 < penalty < math.inf:
+        raise ValueError(f"repetition_penalty = {penalty!r}: wanted a number above 0 (1.0: no penalty)")
+    seen = logits.gather(1, ids)  # (B, T)
+    return logits.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))  # (B, V)
+
+
+def filter_logits(logits, *, temperature=1.0, top_k=None, top_p=None):
+    """Logits (B, V) in float32 after temperature, top-k and top-p; dropped tokens are -inf, one at least is kept.
+
+    temperature 0 keeps the largest logit only. top_k: at least 1. top_p: above 0, up to 1 (no filter). None: no filter.
+    Raises ValueError for settings outside these, and for logits with NaN, +inf, or no finite value.
+    """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature = {temperature!r}: wanted 0 (greedy) or more")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k = {top_k!r}: wanted a whole number of at least 1, or None")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p!r}: wanted a number above 0 and up to 1, or None")
+    logits = logits.float()
+    largest, first = logits.max(-1, keepdim=True)  # (B, 1) each; the maximum of a row with NaN is NaN
+    if not largest.isfinite().all():
+        row = largest.isfinite().flatten().tolist().index(False)
+        raise ValueError(f"logits: the largest of row {row} is {largest[row].item()}, wanted a finite one (diverged?)")
+    if temperature == 0:
+        return torch.full_like(logits, -math.inf).scatter(1, first, 0.0)
+    # From the maximum down: however small the temperature, the largest is 0 and nothing overflows to inf - inf.
+    logits = (logits - largest) / max(temperature, 1e-30)
+    if top_k is None and top_p in (None, 1):
+        return logits
+    if top_k is None:
+        values, tokens = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
+    else:  # of 50,257 logits the largest 50 come forty times sooner than all in order
+        values, tokens = logits.topk(min(top_k, logits.size(-1)))  # (B, k), largest first
+    if top_p is not None and top_p < 1:
+        mass = values.softmax(-1).cumsum(-1)
+        # A token stays while the tokens above it have not reached top_p: the one that crosses the line is still in.
+        values = values.masked_fill(F.pad(mass[:, :-1], (1, 0)) >= top_p, -math.inf)
+    return torch.full_like(logits, -math.inf).scatter(1, tokens, values)  # (B, V)
+
+
+@contextmanager
+def _evaluating(model):
+    """Dropout off inside; outside exactly the modules that were training still are, whatever mixture that was."""
+    training = [m for m in model.modules() if m.training] if isinstance(model, torch.nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def stream(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, eos_id=None,
+           context=None, use_cache=True, generator=None):  # fmt: skip
+    """Yield the new tokens of all rows, an int64 (B,) at each step, at most max_new_tokens times.
+
+    ids: int64 (B, T), T at least 1, prompts of one length; of a prompt longer than the context its last part is read.
+    eos_id: a row that has produced it goes on producing it; the stream ends when every row has (the last eos_id is
+    yielded). context: the most tokens the model can read, default model.config.n_positions (or
+    max_position_embeddings, or no limit). generator: the torch.Generator to draw from.
+    Between two tokens the model is as the caller left it: its training mode, and the caller's gradient mode.
+    Raises ValueError for bad settings and for logits with NaN.
+    """
+    if ids.dim() != 2 or ids.size(1) == 0 or ids.is_floating_point():
+        raise ValueError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}: wanted token ids (batch, at least one token)")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}: wanted 0 or more")
+    if context is None:
+        config = getattr(model, "config", None)
+        context = getattr(config, "n_positions", getattr(config, "max_position_embeddings", None))
+    if context is not None and context < 1:
+        raise ValueError(f"context = {context}: wanted 1 or more")
+    window = ids if context is None else ids[:, -context:]  # what the model reads as one text
+    new, cache = window, []  # what it has not read yet, and what it has
+    done = torch.zeros(ids.size(0), dtype=torch.bool, device=ids.device)
+    for _ in range(max_new_tokens):
+        # no_grad, not inference_mode: its tensors could not be trained on later, nor could a table the model keeps.
+        # And not around the yield, where it would hold in the caller's code too.
+        with torch.no_grad(), _evaluating(model):
+            logits = model(new, cache) if use_cache else model(window)  # (B, T, V)
+            logits = logits[:, -1].float()  # (B, V)
+            if repetition_penalty != 1.0:
+                logits = penalise_repetition(logits, ids, repetition_penalty)
+            logits = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+            if temperature == 0:
+                token = logits.argmax(-1)  # (B,)
+            else:
+                token = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)  # (B,)
+        if eos_id is not None:
+            token = token.masked_fill(done, eos_id)
+            done = done | (token == eos_id)
+        yield token
+        if eos_id is not None and done.all():
+            return
+        new = token[:, None]  # (B, 1)
+        ids, window = torch.cat((ids, new), dim=1), torch.cat((window, new), dim=1)
+        if context is not None and window.size(1) > context:
+            window = window[:, -max(1, context // 2) :]
+            new, cache = window, []
+
+
+def generate(model, ids, max_new_tokens, **settings):
+    """The prompts and what follows: int64 (B, T) -> (B, T + n), n at most max_new_tokens; settings as in `stream`."""
+    return torch.cat([ids, *(token[:, None] for token in stream(model, ids, max_new_tokens, **settings))], dim=1)
+
+
+def stream_text(model, tokenizer, prompt, max_new_tokens, *, stop=(), **settings):
+    """Yield the continuation of a prompt as pieces of text (str), each as soon as nothing to come can change it.
+
+    tokenizer: encode(text) -> ids, decode(ids) -> text, eos_id (where the text ends, unless the settings say another).
+    stop: a string or several. The text ends before whichever is completed first, even across tokens; none of it is
+    given out. The part of a character that was not completed is dropped. An empty prompt starts from eos_id.
+    Settings as in `stream`. Raises ValueError for an empty stop string.
+    """
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stop:
+        raise ValueError(f"stop = {stop!r}: wanted no empty string")
+    eos_id = settings.setdefault("eos_id", getattr(tokenizer, "eos_id", None))
+    ids = list(tokenizer.encode(prompt)) or [eos_id]
+    if ids == [None]:
+        raise ValueError("prompt = '': wanted some text, as the tokenizer has no eos_id to begin from")
+    place = next(model.parameters(), torch.empty(0)).device if isinstance(model, torch.nn.Module) else None
+    # Some tokenizers drop the space before a text's first token: decode behind the prompt's end, then cut that away.
+    tail, whole, given = ids[-4:], "", 0
+    start = len(tokenizer.decode(tail))
+    for token in stream(model, torch.tensor([ids], device=place), max_new_tokens, **settings):
+        if token.item() == eos_id:
+            break
+        tail.append(token.item())
+        text = tokenizer.decode(tail)[start:]
+        # Bytes that are no character yet decode to U+FFFD, three at most: the next token may complete them.
+        whole = text[:-3] + text[-3:].rstrip("\ufffd")
+        ends = [(at + len(s), at) for s in stop if (at := whole.find(s, given)) >= 0]
+        if ends:  # of several, the one completed first: what is given out does not depend on how tokens cut the text
+            whole = whole[: min(ends)[1]]
+            break
+        held = max((n for s in stop for n in range(1, len(s)) if whole.endswith(s[:n])), default=0)
+        if len(whole) - held > given:
+            yield whole[given : len(whole) - held]
+            given = len(whole) - held
+    if len(whole) > given:
+        yield whole[given:]
+
+
+if __name__ == "__main__":
+    text = "the cat sat on the mat. the café served the cat a cup ☕ and the 🙂 cat sat there. " * 3
+    data = torch.tensor(list(text.encode()))
+    counts = torch.zeros(256, 256).index_put_((data[:-1], data[1:]), torch.tensor(1.0), accumulate=True)
+    table, read = (counts + 1e-3).log(), 0  # (V, V): a bigram model over bytes, as good as it is short
+
+    def bigram(ids, cache=None):
+        global read
+        read += ids.numel()
+        return table[ids]  # (B, T) -> (B, T, V)
+
+    class Bytes:
+        eos_id = None
+
+        def encode(self, text):
+            return list(text.encode())
+
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    print("after 't':            kept  entropy (bits)")
+    for settings in ({}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.9}, {"temperature": 0}):
+        p = filter_logits(table[None, ord("t")], **settings).softmax(-1)  # (1, V)
+        print(f"  {str(settings or 'as it is'):20} {(p > 0).sum():4d}  {torch.special.entr(p).sum() / math.log(2):.3f}")
+
+    def say(prompt, n, **settings):
+        return "".join(stream_text(bigram, Bytes(), prompt, n, **settings))
+
+    def drawn():
+        return torch.Generator().manual_seed(3)
+
+    print("greedy:    ", repr(say("the ", 40, temperature=0)))
+    print("penalty 2: ", repr(say("the ", 40, temperature=0, repetition_penalty=2.0)))
+    print("top-p 0.9: ", repr(say("the ", 40, top_p=0.9, generator=drawn())))
+    print("the same:  ", repr(say("the ", 40, top_p=0.9, generator=drawn())))
+    print("until 'cup':", repr(say("the ", 40, top_p=0.9, generator=drawn(), stop="cup")))
+    print("9 tokens (bytes) after 'the caf', as pieces:", list(stream_text(bigram, Bytes(), "the caf", 9, temperature=0)))
+    for use_cache in (True, False):
+        read = 0
+        generate(bigram, data[None, :20], 100, temperature=0, use_cache=use_cache, context=64)
+        print(f"100 tokens, cache {use_cache!s:5}: {read:5d} tokens read")
