@@ -77,8 +77,8 @@ def naive_attention(q, k, v, *, causal=False, mask=None, scale=None, dropout=0.0
         S = S.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else S + mask.to(wide)
     if causal:  # tril(Tk - Tq), not tril(): PyTorch's is_causal aligns top-left, which hides the cache from a new token
         S = S.masked_fill(~torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq), -math.inf)
-    # A row of -inf has softmax 0/0 = NaN. Zeroing P afterwards mends only the forward: the backward of softmax would
-    # still multiply that NaN by the zero gradient. So such a row gets finite scores first, and is zeroed after.
+    # A row of -inf has softmax 0/0 = NaN. Zeroing P afterwards mends only the forward: the backward of softmax still
+    # multiplies that NaN, and past an additive mask it reaches q and k. So: finite scores first, zeros after.
     empty = (S == -math.inf).all(-1, keepdim=True)  # (B, H, Tq, 1); True when Tk = 0
     P = S.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)  # over keys: every row sums to 1, or to 0
     return (F.dropout(P, dropout) @ V).to(q.dtype)  # (B,H,Tq,Tk) x (B,H,Tk,Dv) -> (B,H,Tq,Dv)
