@@ -29,7 +29,7 @@ Use
     y = layer(x, causal=True)                                   # (B, T, C) -> (B, T, C)
 
 Letters: B batch, T tokens (Tq queries, Tk keys), H query heads, Hkv key-value heads, G = H / Hkv, D and Dv head sizes,
-C = d_model channels.
+C = d_model channels; r x c rows and columns of a tile.
 """
 
 import math
@@ -138,14 +138,14 @@ def attention(q, k, v, *, causal=False, mask=None, scale=None, dropout=0.0):
 
 
 def _tile(Q, K, i, j, mask, diagonal, scale):
-    """Scores of a tile whose corner is (i, j) in S. diagonal: Tk - Tq if causal, else None."""
-    S = Q @ K.mT * scale  # (B,Hkv,G,n,D) x (B,Hkv,1,D,m) -> (B,Hkv,G,n,m)
-    n, m = S.shape[-2:]
+    """The r x c tile of S whose corner is (i, j). diagonal: Tk - Tq if causal, else None."""
+    S = Q @ K.mT * scale  # (B,Hkv,G,r,D) x (B,Hkv,1,D,c) -> (B,Hkv,G,r,c)
+    r, c = S.shape[-2:]
     if mask is not None:
-        tile = mask[..., i : i + n, j : j + m]  # (B, Hkv, G, n, m)
+        tile = mask[..., i : i + r, j : j + c]  # (B, Hkv, G, r, c)
         S = S.masked_fill(~tile, -math.inf) if mask.dtype == torch.bool else S + tile.to(S.dtype)
-    if diagonal is not None:  # hidden iff j + b > i + a + diagonal, for row a and column b of the tile
-        hidden = torch.ones(n, m, dtype=torch.bool, device=S.device).triu(1 + diagonal + i - j)
+    if diagonal is not None:  # hidden iff j + b > i + a + diagonal, in row a, column b of the tile
+        hidden = torch.ones(r, c, dtype=torch.bool, device=S.device).triu(1 + diagonal + i - j)
         S = S.masked_fill(hidden, -math.inf)
     return S
 
@@ -162,28 +162,30 @@ class _Tiled(torch.autograd.Function):
         out = Q.new_empty(*Q.shape[:4], v.shape[3])  # (B, Hkv, G, Tq, Dv)
         lse = Q.new_empty(*Q.shape[:4], 1)
         for i in range(0, Tq, block):
-            Qi = Q[..., i : i + block, :]  # (B, Hkv, G, n, D), stays in the cache for the whole inner loop
+            Qi = Q[..., i : i + block, :]  # (B, Hkv, G, r, D), stays in the cache for the whole inner loop
             m = torch.full_like(Qi[..., :1], -math.inf)
             l = torch.zeros_like(m)
             O = torch.zeros_like(out[..., i : i + block, :])
             # Tiles above the diagonal are not computed at all: causal attention costs half.
             last = Tk if diagonal is None else min(Tk, i + Qi.shape[-2] + diagonal)
             for j in range(0, last, block):
-                S = _tile(Qi, K[..., j : j + block, :], i, j, mask, diagonal, scale)  # (B, Hkv, G, n, m)
+                S = _tile(Qi, K[..., j : j + block, :], i, j, mask, diagonal, scale)  # (B, Hkv, G, r, c)
                 m_new = torch.maximum(m, S.amax(-1, keepdim=True))
                 # While a row has seen nothing, m = m_new = -inf, and -inf - -inf = NaN: measure against 0 instead.
                 base = m_new.masked_fill(m_new == -math.inf, 0.0)
                 P = torch.exp(S - base)
                 alpha = torch.exp(m - base)  # 0 at the first tile that counts: m was -inf
                 l = alpha * l + P.sum(-1, keepdim=True)
-                O = alpha * O + P @ V[..., j : j + block, :]  # (B,Hkv,G,n,m) x (B,Hkv,1,m,Dv) -> (B,Hkv,G,n,Dv)
+                O = alpha * O + P @ V[..., j : j + block, :]  # (B,Hkv,G,r,c) x (B,Hkv,1,c,Dv) -> (B,Hkv,G,r,Dv)
                 m = m_new
             # One division per row, not per tile. l = 0 only in an empty row (a maximum itself adds 1): zeros, not 0/0.
             out[..., i : i + block, :] = O / l.masked_fill(l == 0, 1.0)
             lse[..., i : i + block, :] = m + torch.log(l)  # -inf in an empty row
         ctx.save_for_backward(Q, K, V, mask, out, lse)  # O(T) numbers; the definition keeps P, O(Tq Tk)
         ctx.rest = diagonal, scale, block, q.dtype
-        return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2).squeeze(-1)
+        lse = lse.flatten(1, 2).squeeze(-1)
+        ctx.mark_non_differentiable(lse)
+        return out.flatten(1, 2).to(q.dtype), lse
 
     @staticmethod
     @once_differentiable
@@ -201,7 +203,7 @@ class _Tiled(torch.autograd.Function):
             for i in range(first // block * block, Tq, block):
                 rows = slice(i, i + block)
                 P = torch.exp(_tile(Q[..., rows, :], Kj, i, j, mask, diagonal, scale) - lse[..., rows, :])
-                dP = dO[..., rows, :] @ Vj.mT  # (B,Hkv,G,n,Dv) x (B,Hkv,1,Dv,m) -> (B,Hkv,G,n,m)
+                dP = dO[..., rows, :] @ Vj.mT  # (B,Hkv,G,r,Dv) x (B,Hkv,1,Dv,c) -> (B,Hkv,G,r,c)
                 dS = P * (dP - delta[..., rows, :]) * scale
                 dQ[..., rows, :] += dS @ Kj
                 # A key-value head serves G query heads, so its gradient is the sum over them.
