@@ -66,7 +66,6 @@ def byte_alphabet():
 
 
 BYTE_TOKENS = {"bpe": byte_alphabet(), "bytes": byte_alphabet(), "char": [f"<0x{b:02X}>" for b in range(256)]}
-KINDS = tuple(BYTE_TOKENS)
 
 
 def check_text(text, name):
@@ -74,29 +73,26 @@ def check_text(text, name):
         raise TypeError(f"{name} must be str, got {type(text).__name__}")
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        code, at = ord(text[error.start]), error.start
-        raise ValueError(f"{name} has a lone surrogate U+{code:04X} at position {at}, got no valid Unicode") from None
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{name} must hold no lone surrogate, got {text[e.start]!a} at position {e.start}") from None
 
 
 def learn_merges(words, vocab, limit, reserved):
     """Algorithm 1 of Sennrich et al. with counts kept up to date instead of taken again.
 
-    words: {tuple of ids: how often it occurs}; vocab: {token: id}, grown in place up to `limit` tokens; tokens in
-    `reserved` are never made. Returns the merges [(left, right), ...] as tokens, in the order learnt.
-
-    All words lie in one doubly linked list, split by -1, so a merge costs its occurrences, however long the words.
+    words: {tuple of ids: how often it occurs}; vocab: {token: id}, grown in place to `limit` tokens at most, with none
+    of `reserved`. Returns the merges [(left, right), ...] as tokens, in the order learnt. All words lie in one doubly
+    linked list, split by -1, so that a merge costs what it changes, however long the words are.
     """
     names = sorted(vocab, key=vocab.get)
     symbol, weight = [-1], [0]
     for word, count in words.items():
         symbol += (*word, -1)
         weight += itertools.repeat(count, len(word) + 1)
-    before = list(range(-1, len(symbol) - 1))
-    after = list(range(1, len(symbol) + 1))
+    before, after = list(range(-1, len(symbol) - 1)), list(range(1, len(symbol) + 1))
     counts, places = collections.defaultdict(int), collections.defaultdict(list)
     for i, pair in enumerate(itertools.pairwise(symbol)):
-        if pair[0] >= 0 and pair[1] >= 0:
+        if min(pair) >= 0:
             counts[pair] += weight[i]
             places[pair].append(i)
 
@@ -152,14 +148,13 @@ def what_differs(tree):
         ("model", model.get("type", "BPE"), ["BPE"]),  # old files do not name it
         ("normalizer", (tree.get("normalizer") or {}).get("type"), [None]),
         ("pre_tokenizer", cutter.get("type"), [None] if char else ["ByteLevel"]),
-        ("add_prefix_space", cutter.get("add_prefix_space", False), [False]),
         ("use_regex", cutter.get("use_regex", True), [True]),
         ("post_processor", (tree.get("post_processor") or {}).get("type"), [None, "ByteLevel"]),  # moves offsets only
         ("decoder", decoder.get("decoders", [decoder])[0].get("type"), ["ByteFallback" if char else "ByteLevel"]),
         ("byte_fallback with merges", bool(char and model["merges"]), [False]),
     ]
-    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-    facts += [(name, model.get(name) or None, [None]) for name in options]
+    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "add_prefix_space")
+    facts += [(name, (model | cutter).get(name) or None, [None]) for name in options]
     for token, flag in itertools.product(tree.get("added_tokens", []), ("single_word", "lstrip", "rstrip")):
         facts.append((f"added token {token['content']!r} with {flag}", token[flag], [False]))
     return next((f"{name} {value!r}" for name, value, wanted in facts if value not in wanted), None)
@@ -169,29 +164,30 @@ class Tokenizer:
     """A vocabulary {token: id} of V tokens with ids 0..V-1, and merges [(left, right), ...] in order of rank.
 
     Tokens are spelt as in tokenizer.json: bytes by their stand-ins (" the" is "Ġthe"), special tokens as they are.
-    added: {token: (special, normalized)}, two bool; they are cut out of a text before its words are.
+    added: the added_tokens of that file, which are cut out of a text before its words are.
+    Also: vocab_size, and eos_id, the id of <|endoftext|> (None where the vocabulary has no such token).
     """
 
     def __init__(self, vocab, merges, added, kind):
         self.vocab, self.merges = {t: operator.index(i) for t, i in vocab.items()}, [tuple(m) for m in merges]
-        self.added, self.kind = added, kind
-        self.tokens = sorted(self.vocab, key=self.vocab.get)
+        self.added, self.kind, self.tokens = added, kind, sorted(self.vocab, key=self.vocab.get)
         if sorted(self.vocab.values()) != list(range(len(self.tokens))):
             raise ValueError(f"vocab must have the ids 0 to {len(self.tokens) - 1}, each once, got others")
+        self.vocab_size, self.eos_id = len(self.tokens), self.vocab.get(END)
         self._byte_ids = [self.vocab.get(token) for token in BYTE_TOKENS[kind]]
-        byte_of = {token: bytes([b]) for b, token in enumerate(BYTE_TOKENS[kind])}
+        byte_of = {token: b for b, token in enumerate(BYTE_TOKENS[kind])}
+        names = {token["content"] for token in added}
         self._bytes = []  # id -> the bytes that it stands for
         for token in self.tokens:
-            parts = [token] if kind == "char" else token
-            spelt = token not in added and all(part in byte_of for part in parts)
-            self._bytes.append(b"".join(byte_of[part] for part in parts) if spelt else token.encode())
+            parts = [byte_of.get(part) for part in ([token] if kind == "char" else token)]
+            self._bytes.append(token.encode() if token in names or None in parts else bytes(parts))
         self._ranks = {}  # (left id, right id) -> (rank, id of the two joined)
         for rank, (a, b) in enumerate(self.merges):
             self._ranks[self.vocab[a], self.vocab[b]] = rank, self.vocab[a + b]
         # In two passes as in `tokenizers`, those not normalized first; in each the leftmost wins, then the longest.
         self._added = {False: [], True: []}
         for special, normalized in itertools.product((False, True), repeat=2):
-            found = [token for token, flags in added.items() if flags[0] <= special and flags[1] == normalized]
+            found = [t["content"] for t in added if t["special"] <= special and t["normalized"] == normalized]
             if found:
                 longest_first = "|".join(map(re.escape, sorted(found, key=len, reverse=True)))
                 self._added[special].append(re.compile(f"({longest_first})"))
@@ -205,11 +201,10 @@ class Tokenizer:
         frequent characters, ties to the smaller code point). Fewer tokens come out where no pair is left that occurs
         twice. Raises ValueError for a vocab_size that cannot hold the special tokens and the bytes.
         """
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        for name, value in (("texts", texts), ("special_tokens", special_tokens)):
-            if isinstance(value, str):
-                raise TypeError(f"{name} must be an iterable of str, got one str: pass [{name}]")
+        if kind not in BYTE_TOKENS:
+            raise ValueError(f"kind must be one of {', '.join(BYTE_TOKENS)}, got {kind!r}")
+        if isinstance(texts, str):
+            raise TypeError("texts must be an iterable of str, one per document, got one str: pass [text]")
         vocab = {}
         for token in (*special_tokens, *sorted(BYTE_TOKENS[kind])):
             check_text(token, "special_tokens")
@@ -226,19 +221,10 @@ class Tokenizer:
             kept = sorted(counts, key=lambda c: (-counts[c], c))[: vocab_size - len(vocab)]
             vocab.update((c, i) for i, c in enumerate(sorted(kept), len(vocab)))
         elif kind == "bpe":
-            byte_ids = [vocab[token] for token in BYTE_TOKENS[kind]]
-            words = {tuple(byte_ids[b] for b in word.encode()): n for word, n in counts.items()}
+            words = {tuple(vocab[BYTE_TOKENS[kind][b]] for b in word.encode()): n for word, n in counts.items()}
             merges = learn_merges(words, vocab, vocab_size, set(special_tokens))
-        return cls(vocab, merges, dict.fromkeys(special_tokens, (True, False)), kind)
-
-    @property
-    def vocab_size(self):
-        return len(self.tokens)
-
-    @property
-    def eos_id(self):
-        """The id of <|endoftext|>, or None where the vocabulary has no such token."""
-        return self.vocab.get(END)
+        flags = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+        return cls(vocab, merges, [{"id": vocab[token], "content": token} | flags for token in special_tokens], kind)
 
     def token_to_id(self, token):
         """The id of a token as spelt in tokenizer.json, or None."""
@@ -274,9 +260,7 @@ class Tokenizer:
                 if (pair := (ids[k], ids[after[k]])) in ranks:
                     heapq.heappush(heap, ranks[pair][0] * size + k)
         ids = tuple(i for i in ids if i is not None)
-        if len(self._cache) >= 1 << 18:
-            self._cache.clear()
-        if len(word) <= 64:
+        if len(word) <= 64 and len(self._cache) < 1 << 18:  # tens of MB; the frequent words come first
             self._cache[word] = ids
         return ids
 
@@ -295,9 +279,9 @@ class Tokenizer:
         for k, piece in enumerate(pieces):
             if k % 2:
                 ids.append(self.vocab[piece])
-                continue
-            for word in piece if self.kind == "char" else word_pattern().findall(piece):
-                ids += self._cache.get(word) or self._spell(word)
+            else:
+                for word in piece if self.kind == "char" else word_pattern().findall(piece):
+                    ids += self._cache.get(word) or self._spell(word)
         return ids
 
     def decode_bytes(self, ids):
@@ -314,18 +298,14 @@ class Tokenizer:
 
     def save(self, path):
         """Write tokenizer.json into the folder `path` (made if missing), or to `path` itself if it ends in .json."""
-        file = pathlib.Path(path)
-        file = file if file.suffix == ".json" else file / "tokenizer.json"
+        file = path if (path := pathlib.Path(path)).suffix == ".json" else path / "tokenizer.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         fallback = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
-        added, char = [], self.kind == "char"
-        for token, (special, normalized) in self.added.items():
-            added.append({"id": self.vocab[token], "content": token, "special": special, "normalized": normalized})
-            added[-1] |= {"single_word": False, "lstrip": False, "rstrip": False}
+        char = self.kind == "char"
         model = {"type": "BPE", "dropout": None, "unk_token": None, "byte_fallback": char}
         model |= {"vocab": {token: i for i, token in enumerate(self.tokens)}, "merges": self.merges}
-        tree = {"version": "1.0", "added_tokens": added, "normalizer": None, "post_processor": None}
+        tree = {"version": "1.0", "added_tokens": self.added, "normalizer": None, "post_processor": None}
         tree |= {"pre_tokenizer": None if char else byte_level, "decoder": fallback if char else byte_level}
         written = file.with_name(file.name + ".tmp")
         written.write_text(json.dumps(tree | {"model": model}, ensure_ascii=False), encoding="utf-8")
@@ -335,21 +315,18 @@ class Tokenizer:
     def load(cls, path):
         """Read what `save` wrote, or a byte-level BPE (GPT-2's kind) written by Hugging Face `tokenizers`.
 
-        Truncation and padding in the file are left aside: they belong to a call. Raises ValueError, in one line with
-        the file's name, for a damaged file and for every kind of tokenizer that would be encoded differently here.
+        Truncation and padding in the file belong to a call and are left aside. Raises ValueError, one line with the
+        file's name, for a damaged file and for every kind of tokenizer that would be encoded differently here.
         """
-        file = pathlib.Path(path)
-        file = file if file.suffix == ".json" else file / "tokenizer.json"
-        data = file.read_bytes()
+        file = path if (path := pathlib.Path(path)).suffix == ".json" else path / "tokenizer.json"
         try:
-            tree = json.loads(data)
+            tree = json.loads(file.read_bytes())
             difference = what_differs(tree)
             if difference is None:
-                model, vocab, added = tree["model"], dict(tree["model"]["vocab"]), {}
-                for token in tree.get("added_tokens", []):
-                    if vocab.setdefault(token["content"], token["id"]) != token["id"]:
-                        raise ValueError(f"the added token {token['content']!r} has two ids")
-                    added[token["content"]] = bool(token["special"]), bool(token["normalized"])
+                model, vocab, added = tree["model"], {**tree["model"]["vocab"]}, tree.get("added_tokens", [])
+                for token in added:
+                    if not token["content"] or vocab.setdefault(token["content"], token["id"]) != token["id"]:
+                        raise ValueError(f"the added token {token['content']!r} is empty or has two ids")
                 # a merge is ["a", "b"], or "a b" in older files, which may begin with a line for the version
                 merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"] if m[:8] != "#version"]
                 return cls(vocab, merges, added, "char" if model.get("byte_fallback") else "bpe" if merges else "bytes")
@@ -365,8 +342,7 @@ if __name__ == "__main__":
         tokenizer = Tokenizer.train([text], vocab_size=1024, kind=kind)
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
-        ratio = len(text.encode()) / len(ids)
-        print(f"{kind:5}  {tokenizer.vocab_size:4} tokens, {ratio:.2f} bytes per token on its own source")
+        print(f"{kind:5}  {tokenizer.vocab_size:4} tokens, {len(text.encode()) / len(ids):.2f} bytes per token here")
     print("first merges:", ", ".join("+".join(pair) for pair in tokenizer.merges[:12]), " (Ġ: a space, Ċ: a newline)")
     for text in ("def encode(self, text):", "naïve 東京 👩\u200d🚀", f"stop{END}"):
         ids = tokenizer.encode(text)
