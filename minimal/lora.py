@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: MIT
+"""LoRA, rsLoRA and DoRA: fine-tune any module by training a small low-rank change of its linear layers.
+
+Papers: LoRA, Hu et al. 2021, arXiv 2106.09685; rsLoRA, Kalajdzievski 2023, arXiv 2312.03732; DoRA, Liu et al. 2024,
+arXiv 2402.09353. A linear layer y = W x + b, with W frozen, becomes
+
+    LoRA     y = W x + b + s B A dropout(x)      s = alpha / r         (LoRA eq. 3)
+    rsLoRA   the same with                       s = alpha / sqrt(r)   (rsLoRA: then large ranks learn too)
+    DoRA     y = g (W x + s B A dropout(x)) + b  g = m / ||W + s B A|| (DoRA eq. 5; the norm gets no gradient, sec. 4.3)
+
+A starts Kaiming-uniform, B at zero and m at the norms of W, so that s B A = 0 and g = 1: the adapted model starts as
+exactly the model it was. Merging replaces W by g (W + s B A), after which there is nothing more to compute.
+
+Departures from the papers, and what else to know:
+- A is uniform in +-1/sqrt(C), as in the LoRA authors' code and in PEFT; the paper says Gaussian. DoRA writes "column
+  norms"; its authors' code and PEFT take one norm per output, a row of nn.Linear's (O, C) weight, and so does this.
+  Dropout is on the A path alone; PEFT's DoRA also drops the x in its (g - 1) W x. A, B and m are float32 even if W is
+  half precision (Adam's small steps would round away), float64 if W is.
+- An adapter is a submodule `lora` of its layer and is called as its forward hook: class and weight names stay. A model
+  saved while adapted holds its old weights and, beside them, `<layer>.lora.A` and `.B` (`.m`); load plain weights into
+  an adapted model with strict=False. A merged model is plain again: its state_dict is the merged weights alone.
+- A hook acts when the layer is called. nn.MultiheadAttention reads out_proj.weight instead, so that layer is never a
+  target; a module of your own that does so leaves the adapter out, which shows in its gradients: None. A layer used
+  in two places has one adapter, which acts in both (PEFT adapts the first place only).
+
+    add_lora(model, rank=8, alpha=16, target=["c_attn", "c_proj"])
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-3)  # ... train as ever
+    save_lora(model, "adapter")  # in PEFT's format; load_lora(model, "adapter") reads ours and PEFT's
+
+Shapes: C inputs of a layer, O outputs, r rank.
+"""
+
+import json
+import math
+import pathlib
+import re
+import sys
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class LoRA(nn.Module):
+    """The adapter of one layer, its submodule `lora`: A (r, C), B (O, r) and, for DoRA, m (O)."""
+
+    def __init__(self, layer, rank, alpha, dropout, rslora, dora):
+        super().__init__()
+        W = _weight(layer).detach()  # (O, C)
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        wide = torch.promote_types(W.dtype, torch.float32)
+        self.A = nn.Parameter(torch.empty(rank, W.shape[1], dtype=wide, device=W.device))
+        self.B = nn.Parameter(torch.zeros(W.shape[0], rank, dtype=wide, device=W.device))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # this a makes the bound 1/sqrt(C)
+        self.m = nn.Parameter(self.norm(self.V(W)).detach()) if dora else None
+
+    def V(self, W):
+        """W + s B A: (O, C), in float32 (float64 for float64 weights)."""
+        W = W.to(torch.promote_types(W.dtype, torch.float32))
+        with torch.autocast(W.device.type, enabled=False):  # which would round B A to half precision
+            return W + self.scale * (self.B.to(W.dtype) @ self.A.to(W.dtype))  # (O,r) x (r,C) -> (O,C)
+
+    @staticmethod
+    def norm(V):
+        return V.norm(dim=1).clamp_min(torch.finfo(V.dtype).tiny)  # (O,); a row of zeros must give g = 0, not 0/0
+
+    def forward(self, layer, args, out):
+        """The hook: from the layer's arguments, x (..., C), and its output (..., O) to the adapted output."""
+        # F.dropout draws for each element; a mask on A's columns would be one mask shared by all tokens.
+        x = F.dropout(args[0].to(self.A.dtype), self.dropout, self.training)
+        delta = F.linear(F.linear(x, self.A), self.B) * self.scale  # (..., C) -> (..., r) -> (..., O)
+        if self.m is not None:
+            with torch.no_grad():  # the norm is a constant to the gradient
+                norm = self.norm(self.V(_weight(layer)))
+            g = self.m / norm  # (O,)
+            Wx = out.to(g.dtype) if layer.bias is None else out.to(g.dtype) - layer.bias.to(g.dtype)
+            delta = (g - 1) * Wx + g * delta  # y - (W x + b)
+        return (out + delta).to(out.dtype)  # added in the wider of the two dtypes, rounded once
+
+    def attach(self, layer):
+        layer.lora, self.handle = self.train(layer.training), layer.register_forward_hook(self)
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # torch.compile has no guard on hooks: a graph made before would run on without it
+
+    def detach(self, layer):
+        self.handle.remove()
+        del layer.lora  # here torch.compile does notice: the parameters that its graph reads are gone
+
+
+def _is_conv1d(layer):  # the linear layer of GPT-2 in transformers: its weight is (C, O)
+    return type(layer).__name__ == "Conv1D" and tuple(layer.weight.shape[1:]) == (getattr(layer, "nf", None),)
+
+
+def _weight(layer):
+    return layer.weight.T if _is_conv1d(layer) else layer.weight  # (O, C)
+
+
+def _plain(name):
+    return name.replace("_orig_mod.", "")  # which torch.compile puts in front
+
+
+def _layers(model):  # every layer that can be adapted, by name
+    uncalled = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    linear = {_plain(n): m for n, m in model.named_modules() if isinstance(m, nn.Linear) or _is_conv1d(m)}
+    return {n: m for n, m in linear.items() if "weight" in m._parameters and m not in uncalled}
+
+
+def _adapted(model, merged=None):
+    """The adapted layers by name; an error if there are none, or if they are merged (or not) against what is asked."""
+    layers = {n: m for n, m in _layers(model).items() if hasattr(m, "lora") or hasattr(m, "lora_aside")}
+    if not layers or not hasattr(model, "lora_trainable"):
+        raise ValueError(f"model={type(model).__name__} has no adapters; wanted the module that add_lora was given")
+    if merged not in (None, any(hasattr(m, "lora_aside") for m in layers.values())):
+        now = "not merged; wanted merge_lora first" if merged else "merged; wanted unmerge_lora first"
+        raise ValueError(f"model={type(model).__name__} has adapters that are {now}")
+    return layers
+
+
+def _one_of(names):
+    return ", ".join(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))  # h.0.fc, h.1.fc -> h.*.fc
+
+
+def _select(model, target):
+    layers, names, missing = _layers(model), set(), []
+    if target == "all-linear":
+        heads = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
+        tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        names = {n for n, m in layers.items() if not any(m is head for head in heads) and id(m.weight) not in tied
+                 and n.split(".")[-1] not in ("lm_head", "head", "classifier", "score")}
+    else:
+        for entry in [target] if isinstance(target, str) else target:
+            try:
+                hits = {n for n in layers if f".{n}".endswith(f".{entry}")}
+                hits = hits or {n for n in layers if re.fullmatch(entry, n)}
+            except re.error:  # no regular expression either
+                hits = set()
+            missing += [] if hits else [entry]
+            names |= hits
+    if missing or not names:
+        raise ValueError(f"target={missing or target} matches no linear layer; wanted some of: {_one_of(layers)}")
+    return [n for n in layers if n in names]
+
+
+def add_lora(model, rank=8, alpha=16, dropout=0.0, target="all-linear", rslora=False, dora=False):
+    """Freezes the model and adds an adapter to each target layer, in place; returns the names of these layers.
+
+    target: "all-linear", or one or more of: the name of a layer, the end of names ("c_attn", "attn.c_proj"), a regular
+    expression for whole names. It looks at each nn.Linear and each Conv1D of GPT-2 in transformers. "all-linear" leaves
+    the output head out: what get_output_embeddings() returns, a layer that shares its weight with an nn.Embedding, a
+    layer called lm_head, head, classifier or score (a fresh head must learn: turn its requires_grad on again).
+    dropout: the probability, in training, that an element of x does not reach A.
+    ValueError: a target that matches nothing (even one of several), rank < 1 or above a layer's min(C, O), alpha <= 0,
+    dropout outside [0, 1), adapters already there."""
+    layers, names = _layers(model), _select(model, target)
+    if any(hasattr(m, "lora") or hasattr(m, "lora_aside") for m in layers.values()):
+        raise ValueError(f"model={type(model).__name__} already has adapters; wanted remove_lora first")
+    for name in names:
+        width = min(layers[name].weight.shape)
+        if not isinstance(rank, int) or not 1 <= rank <= width:
+            raise ValueError(f"rank={rank!r} does not fit layer {name!r} of width {width}; wanted 1 to {width}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha={alpha} is out of range; wanted a finite number above 0")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} is out of range; wanted 0 <= dropout < 1")
+    model.lora_trainable = {_plain(n) for n, p in model.named_parameters() if p.requires_grad}  # for remove_lora
+    model.requires_grad_(False)
+    for name in names:
+        LoRA(layers[name], rank, alpha, dropout, rslora, dora).attach(layers[name])
+    return names
+
+
+def lora_parameters(model):
+    """A list of the parameters to train: A and B (and m) of each adapted layer.
+
+    ValueError: the adapters are merged, or were cast to half precision (cast the model before add_lora)."""
+    parameters = [p for layer in _adapted(model, merged=False).values() for p in layer.lora.parameters()]
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters):
+        raise ValueError("model was cast to half precision after add_lora, its adapters too; wanted it cast before")
+    return parameters
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Puts the adapters into the weights; returns the largest absolute change that made to a weight.
+
+    The sum is made in float32 (float64 for float64 weights) and rounded once to the weight's dtype. Then the model is
+    plain: no hook, no cost, nothing to train. Merged weights are new parameters (a tied one is tied no more: a warning
+    says so) and the originals are kept aside, so memory holds the adapted weights twice.
+    ValueError: already merged, or a merged weight is not finite (then nothing has changed)."""
+    layers, weights, largest = _adapted(model, merged=False), {}, 0.0
+    for name, layer in layers.items():
+        lora, W = layer.lora, _weight(layer)
+        V = lora.V(W)
+        new = (V if lora.m is None else (lora.m / lora.norm(V))[:, None] * V).to(W.dtype)  # (O, C)
+        weights[name] = new.T.contiguous() if _is_conv1d(layer) else new
+        change = (new.to(V.dtype) - W.to(V.dtype)).abs().max().item()
+        if not math.isfinite(change):
+            raise ValueError(f"merging layer {name!r} into {W.dtype} changes it by {change}; wanted finite weights")
+        largest = max(largest, change)
+    owners = [id(p) for m in model.modules() for p in m._parameters.values()]
+    for name, layer in layers.items():
+        if owners.count(id(layer.weight)) > 1:
+            warnings.warn(f"{name}.weight was tied and is now its own: a loader that ties by configuration "
+                          "(tie_word_embeddings=True) would lose the merge", stacklevel=3)
+        layer.lora_aside = (layer.lora, layer.weight)  # a tuple is in neither parameters() nor state_dict()
+        layer.lora.detach(layer)
+        layer.weight = nn.Parameter(weights[name], requires_grad=False)
+    return largest
+
+
+def unmerge_lora(model):
+    """Undoes merge_lora: the original parameters are back, bit for bit and tied as before. ValueError: not merged."""
+    for layer in _adapted(model, merged=True).values():
+        lora, original = layer.lora_aside
+        original.data = original.data.to(layer.weight)  # follows a move or cast of the merged model, else does nothing
+        layer.weight = original
+        del layer.lora_aside
+        lora.to(original.device).attach(layer)
+
+
+def remove_lora(model):
+    """Takes the adapters away, merged or not: the original model, bit for bit, each requires_grad as it was."""
+    if any(hasattr(layer, "lora_aside") for layer in _adapted(model).values()):
+        unmerge_lora(model)
+    for layer in _adapted(model).values():
+        layer.lora.detach(layer)
+    for name, p in model.named_parameters():
+        p.requires_grad_(_plain(name) in model.lora_trainable)
+    del model.lora_trainable
+
+
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
+_KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
+# PEFT's options: those that load_lora follows or that change no result; values that mean what we do. Others must be off
+_FOLLOWED = set("r lora_alpha lora_dropout use_rslora use_dora target_modules revision "
+                "exclude_modules layers_to_transform layers_pattern fan_in_fan_out inference_mode peft_version "
+                "base_model_name_or_path auto_mapping task_type megatron_core qalora_group_size".split())
+_ACCEPTED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian")}
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("save_lora and load_lora need safetensors: pip install safetensors") from None
+    return safetensors.torch
+
+
+def save_lora(model, folder):
+    """Writes adapter_model.safetensors and adapter_config.json as PEFT does, each whole or not at all.
+
+    The files are the same while the adapters are merged. ValueError: no adapters."""
+    folder, layers = pathlib.Path(folder), _adapted(model)
+    loras = {n: m.lora if hasattr(m, "lora") else m.lora_aside[0] for n, m in layers.items()}
+    tensors = {f"base_model.model.{n}.{_KEYS[p]}": value.detach().cpu().contiguous()
+               for n, lora in loras.items() for p, value in lora.named_parameters()}
+    first = next(iter(loras.values()))
+    # PEFT also takes a listed name for the end of longer names; where there are such, only an expression is exact.
+    longer = any(_plain(other).endswith(f".{n}") for other, _ in model.named_modules() for n in loras)
+    config = {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": getattr(model, "name_or_path", None),
+        "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout, "bias": "none",
+        "use_rslora": first.rslora, "use_dora": first.m is not None, "init_lora_weights": True,
+        "fan_in_fan_out": any(_is_conv1d(m) for m in layers.values()), "inference_mode": True,
+        "target_modules": "|".join(re.escape(n) for n in loras) if longer else list(loras),
+    }
+    data = {_WEIGHTS: _safetensors().save(tensors, metadata={"format": "pt"}), _CONFIG: json.dumps(config).encode()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in data.items():
+        (folder / f"{name}.tmp").write_bytes(content)
+        (folder / f"{name}.tmp").replace(folder / name)
+
+
+def load_lora(model, folder):
+    """Reads adapters that save_lora or PEFT wrote: adds them to a bare model, or fills those of an adapted one.
+
+    The layers are those that the file has tensors for, whichever options chose them. ValueError, and the model is as it
+    was: a file is missing, damaged or a pickle; an option is not one of ours; tensors or settings do not fit."""
+    folder = pathlib.Path(folder)
+    if not (folder / _WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+        raise ValueError(f"{folder / 'adapter_model.bin'} is a pickle and is never opened; wanted {_WEIGHTS}")
+    read = {_CONFIG: json.loads, _WEIGHTS: _safetensors().load}
+    for file, parse in read.items():
+        try:
+            read[file] = parse((folder / file).read_bytes())
+        except Exception as e:  # safetensors has errors of its own
+            raise ValueError(f"{folder / file} cannot be read: {e}") from None
+    config, tensors = read.values()
+    for key, value in config.items():
+        if value and key not in _FOLLOWED and value not in _ACCEPTED.get(key, ()):
+            raise ValueError(f"{folder / _CONFIG}: option {key}={value!r} is not supported; wanted it off")
+    r, alpha, dropout = config.get("r", 0), config.get("lora_alpha", 0), config.get("lora_dropout", 0.0)
+    rslora, dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
+    layers, found = _layers(model), {}
+    for key, tensor in tensors.items():
+        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if name not in layers:
+            raise ValueError(f"{folder / _WEIGHTS}: no linear layer for {key}; wanted some of: {_one_of(layers)}")
+        found.setdefault(name, {})[f"lora_{part}"] = tensor
+    for name, parts in found.items():
+        O, C = _weight(layers[name]).shape
+        wanted = {"lora_A.weight": (r, C), "lora_B.weight": (O, r)} | ({"lora_magnitude_vector": (O,)} if dora else {})
+        shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+        if shapes != wanted:
+            raise ValueError(f"{folder / _WEIGHTS}: the tensors of {name} are {shapes}; wanted {wanted}")
+    if hasattr(model, "lora_trainable"):
+        mine = _adapted(model, merged=False)
+        kinds = {(m.lora.rank, m.lora.alpha, m.lora.rslora, m.lora.m is not None) for m in mine.values()}
+        if set(mine) != set(found) or kinds != {(r, alpha, rslora, dora)}:
+            raise ValueError(f"{folder}: its layers, rank, alpha or kind are not those of the model's adapters")
+    else:  # exactly these names, not names that end so
+        add_lora(model, r, alpha, dropout, [f"(?:{re.escape(n)})" for n in found], rslora, dora)
+    for name, parts in found.items():
+        for p, value in layers[name].lora.named_parameters():
+            value.data.copy_(parts[_KEYS[p]])
+
+
+if __name__ == "__main__":
+    import copy
+
+    def train(model, x, steps):
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.mse_loss(model(x), task(x)).backward()
+            optimizer.step()
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x, x_few, x_test = torch.randn(1024, 8), torch.randn(64, 8), torch.randn(1024, 8)
+    task = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4)).requires_grad_(False)
+    base = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 4))
+    train(base, x, 300)
+    task[0].weight += torch.randn(32, 1) @ torch.randn(1, 8) / 5  # another task, of which there are 64 examples
+    for name, kind in {"full": None, "LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}}.items():
+        model = copy.deepcopy(base)
+        if kind is not None:
+            add_lora(model, rank=2, alpha=4, **kind)
+        share = sum(p.numel() * p.requires_grad for p in model.parameters()) / sum(p.numel() for p in base.parameters())
+        before = F.mse_loss(model(x_test), task(x_test)).item()
+        train(model, x_few, 200)
+        y = model(x_test).detach()
+        print(f"{name:6} {share:4.0%} of the weights learn: loss {before:.4f} -> {F.mse_loss(y, task(x_test)):.4f}")
+        if kind is not None:
+            moved, merged = merge_lora(model), model(x_test)
+            unmerge_lora(model)
+            print(f"       merging moves a weight by {moved:.2f} and an output by {(merged - y).abs().max():.0e}; "
+                  f"unmerged, it is off by {(model(x_test) - y).abs().max():g}")
