@@ -216,7 +216,7 @@ if __name__ == "__main__":
     print("top-p 0.9: ", repr(say("the ", 40, top_p=0.9, generator=drawn())))
     print("the same:  ", repr(say("the ", 40, top_p=0.9, generator=drawn())))
     print("until 'cup':", repr(say("the ", 40, top_p=0.9, generator=drawn(), stop="cup")))
-    print("9 tokens (bytes) after 'the caf', as pieces:", list(stream_text(bigram, Bytes(), "the caf", 9, temperature=0)))
+    print("9 bytes after 'the caf', as pieces:", list(stream_text(bigram, Bytes(), "the caf", 9, temperature=0)))
     for use_cache in (True, False):
         read = 0
         generate(bigram, data[None, :20], 100, temperature=0, use_cache=use_cache, context=64)
