@@ -11,9 +11,8 @@ al. ("Deduplicating training data makes language models better", 2021, arXiv 210
 
 Departures: J itself, computed on the sets, decides each candidate, so nothing is removed by chance (the paper: an edit
 distance). K = 128, and r is the largest that misses a pair at the threshold with P < 0.001 (r = 5, b = 25 at 0.8; the
-paper: r = 450, b = 20). A document falls when it resembles an earlier kept one; the paper takes connected components,
-which can chain documents unlike each other. Passages repeated inside different documents stay. Blocks run across
-documents, as in GPT-2's training; the end-of-text token that the caller appends tells them apart.
+paper: r = 450, b = 20). A document falls when it resembles an earlier kept one (the paper: connected components, which
+chain). Passages repeated in documents that differ otherwise stay. Blocks run across documents, as GPT-2's did.
 
     documents = [d._replace(text=clean(d.text)) for d in read_documents("corpus/")]
     train, val = split(deduplicate(documents))
@@ -24,6 +23,8 @@ Shape letters: B batch, L tokens scored in a block (seq_len), N tokens or images
 """
 
 import ast
+import contextlib
+import functools
 import hashlib
 import json
 import mmap
@@ -77,17 +78,15 @@ def _texts(path: Path) -> Iterator[str]:
 def read_documents(path: str | os.PathLike) -> Iterator[Document]:
     """The documents of a file (one; in a .jsonl, one per row {"text": ...}) or of a folder's files, sorted by name.
 
-    In a folder, hidden files and those without a suffix of SUFFIXES are passed over; blank documents always. Raises
-    ValueError, as documents are drawn: no such path, no text, not UTF-8 (with the offset), a malformed row (line).
-    """
-    path, blank = Path(path), True
+    A folder's hidden files and other suffixes than SUFFIXES are passed over, and blank documents. Raises ValueError, as
+    documents are drawn: no such path, no text, not UTF-8 (with the offset), a malformed row (with the line)."""
+    path, n = Path(path), 0
     if not path.exists():
         raise ValueError(f"path {str(path)!r} does not exist")
     files = [f for f in _walk(path) if f.suffix.lower() in SUFFIXES] if path.is_dir() else [path]
-    for text in (text for file in files for text in _texts(file) if text.strip()):
-        blank = False
+    for n, text in enumerate((text for file in files for text in _texts(file) if text.strip()), 1):  # noqa: B007
         yield Document(text)
-    if blank:
+    if not n:
         raise ValueError(f"path {str(path)!r} holds no text in {len(files)} files ({' '.join(SUFFIXES)})")
 
 
@@ -99,7 +98,7 @@ def _stdlib() -> Iterator[tuple[str, ast.Module]]:
         try:
             source = file.read_bytes().decode() if file.suffix == ".py" and "config-" not in file.parent.name else ""
             tree = ast.parse(source)
-        except (UnicodeDecodeError, SyntaxError):
+        except (ValueError, SyntaxError):  # not UTF-8, or not Python of this version
             continue
         table = sum(n.end_lineno - n.lineno + 1 for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)))
         if source.strip() and table <= 0.6 * (source.count("\n") + 1):
@@ -108,8 +107,7 @@ def _stdlib() -> Iterator[tuple[str, ast.Module]]:
 
 def stdlib_source() -> Iterator[Document]:
     """The Python source of the running Python's standard library (see `_stdlib`): 9 to 10 MB, without a download."""
-    for source, _ in _stdlib():
-        yield Document(source, key=source)
+    yield from (Document(source, key=source) for source, _ in _stdlib())
 
 
 def stdlib_prose() -> Iterator[Document]:
@@ -117,10 +115,9 @@ def stdlib_prose() -> Iterator[Document]:
 
     A file's docstrings have its source as their key, so `split` puts both on one side: what is validated here has not
     been trained on through `stdlib_source`."""
-    try:
+    topics = {}
+    with contextlib.suppress(ImportError):  # some distributions package it apart
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
-        topics = {}
     lines = {name: set(text.split("\n")) for name, text in topics.items()}
     for name, own in sorted(lines.items()):
         # a section is printed again in its chapter: keep the chapter alone, or the split would leak
@@ -137,22 +134,16 @@ def stdlib_prose() -> Iterator[Document]:
 def clean(text: str) -> str:
     """Lines end in \\n, no byte order mark, no control character but \\t and \\n, Unicode NFC. Idempotent.
 
-    NFC joins what is canonically equal ("e" and a combining accent become "é"); nothing that one sees changes. NFKC
-    would make "x²" "x2", even in source code. A lone surrogate, which JSON can hold and UTF-8 cannot, becomes U+FFFD.
-    """
-    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]", "", re.sub("\r\n?", "\n", text))
-    text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    NFC unites what Unicode calls equal ("e" and a combining accent become "é") and no more; NFKC would make "x²" "x2",
+    even in source code. A lone surrogate, which JSON can hold and UTF-8 cannot, becomes U+FFFD."""
+    text = re.sub("[\ud800-\udfff]", "\ufffd", re.sub("\r\n?", "\n", text))
+    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]", "", text)
     return unicodedata.normalize("NFC", text)  # last: what was removed may have stood between a letter and its accent
-
-
-def _generator(*seeds) -> torch.Generator:  # hashed: with seed + epoch, seed 1 would repeat the orders of seed 0
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:7], "big"))
 
 
 def shingles(text: str) -> Tensor:
     """The set S of a text's word 5-grams, as sorted 64-bit hashes, int64 (n,). A text of fewer words is one shingle."""
     found = re.findall(r"\w+", text) or [text]
-    # not Python's own hash(), which differs from run to run
     words = {w: hashlib.blake2b(w.encode("utf-8", "replace"), digest_size=8).digest() for w in set(found)}
     ids = torch.tensor([int.from_bytes(words[w], "little", signed=True) for w in found], dtype=torch.int64)
     width = min(NGRAM, len(ids))
@@ -165,9 +156,9 @@ def shingles(text: str) -> Tensor:
 
 def minhash(shingles: Tensor) -> Tensor:
     """Broder's signature: the minimum of the set under each of K random orderings, int64 (n,) -> (K,)."""
-    a, b = 4 * torch.randint(2**62, (2, K, 1), generator=_generator("minhash"))
+    a, b = 4 * torch.randint(2**62, (2, K, 1), generator=torch.Generator().manual_seed(1997))
     least = torch.full((K,), torch.iinfo(torch.int64).max)
-    for part in shingles.split(128):  # no (K, n) for a long document, and (K, 128) stays in the cache and in one thread
+    for part in shingles.split(128):  # (K, 128) stays in the cache and in one thread, however long the document
         least = torch.minimum(least, ((a + 1) * part + b).amin(dim=1))  # odd a: a permutation of 64-bit numbers. (K,)
     return least
 
@@ -203,13 +194,11 @@ def split(documents: Iterable[Document], validation: float = 0.05) -> tuple[list
 
     So none moves when others come or go, and equal keys never straddle. The one exception: the lowest hash is always in
     val and the highest in train, that neither be empty. If all keys are equal (a single document), each text is cut at
-    1 - validation of its length, or at the start of that line if it is nearer than half the validation part.
-    """
+    1 - validation of its length, or at the start of that line if it is nearer than half the validation part."""
     documents = list(documents)
     if not documents or not 0 < validation < 1:
         raise ValueError(f"wanted documents and 0 < validation < 1, got {len(documents)} and validation = {validation}")
-    keys = ((d.key or d.text).encode("utf-8", "surrogatepass") for d in documents)
-    hashes = [int(hashlib.sha256(key).hexdigest(), 16) for key in keys]
+    hashes = [int(hashlib.sha256((d.key or d.text).encode("utf-8", "replace")).hexdigest(), 16) for d in documents]
     train, val = [], []
     if min(hashes) < max(hashes):
         bound = min(max(int(validation * 2**256), min(hashes) + 1), max(hashes))
@@ -218,8 +207,6 @@ def split(documents: Iterable[Document], validation: float = 0.05) -> tuple[list
         return train, val
     for document in documents:
         text, length = document.text, len(document.text)
-        if length < 2:
-            raise ValueError(f"documents has a single one of {length} characters, wanted at least 2 to cut it")
         at = min(max(round(length * (1 - validation)), 1), length - 1)
         line = text.rfind("\n", 0, at) + 1
         at = line if line and at - line < length * validation / 2 else at
@@ -248,12 +235,19 @@ def write_tokens(path: str | os.PathLike, token_lists: Iterable[list[int]], voca
     return n
 
 
+@functools.lru_cache(maxsize=1)
+def epoch_order(seed: int, epoch: int, blocks: int, seq_len: int) -> tuple[int, Tensor]:
+    """(shift < seq_len, permutation of the blocks) of an epoch. Only the last one asked for is kept in memory."""
+    key = hashlib.sha256(f"{seed} {epoch}".encode()).digest()  # seed + epoch would give seeds each other's orders
+    g = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+    return int(torch.randint(seq_len, (), generator=g)), torch.randperm(blocks, generator=g)
+
+
 class TokenBlocks:
     """Blocks of L + 1 ids, int64, from a .npy file of tokens (N,) that stays on disk: it is mapped, and read as needed.
 
     Block i is tokens [i L, i L + L + 1): L inputs and, one to the right, L targets; neighbours share a token. There are
-    (N - 1) // L. Raises ValueError for a file that is not such a .npy, is cut short, or has N < L + 1.
-    """
+    (N - 1) // L. Raises ValueError for a file that is not such a .npy, is cut short, or has N < L + 1."""
 
     def __init__(self, path: str | os.PathLike, seq_len: int, seed: int = 0):
         header = rb"\x93NUMPY\x01\x00(..)\{'descr': '<u([24])', 'fortran_order': \w+, 'shape': \((\d+),\), \}"
@@ -262,8 +256,8 @@ class TokenBlocks:
             if not head:
                 raise ValueError(f"path {str(path)!r} must be a .npy file of uint16 or uint32 tokens of shape (N,)")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.seq_len, self.seed, self.n, self._width = seq_len, int(seed), int(head[3]), int(head[2])
-        self._start, self._order = 10 + int.from_bytes(head[1], "little"), (-1, 0, None)
+        self.seq_len, self.seed, self.n = seq_len, int(seed), int(head[3])
+        self._start, self._width = 10 + int.from_bytes(head[1], "little"), int(head[2])
         if len(self._map) < self._start + self.n * self._width:
             raise ValueError(f"path {str(path)!r} is cut short: {len(self._map)} bytes for {self.n} tokens")
         if not 1 < seq_len + 1 <= self.n:
@@ -280,25 +274,14 @@ class TokenBlocks:
     def __getitem__(self, i: int) -> Tensor:
         return self._read(range(0, self.n - self.seq_len, self.seq_len)[i])  # (L + 1,)
 
-    def order(self, epoch: int) -> tuple[int, Tensor]:
-        """(shift, permutation of the blocks) of an epoch, from (seed, epoch) alone. Only the last one is kept."""
-        if self._order[0] != epoch:
-            g = _generator("order", self.seed, epoch)
-            shift = int(torch.randint(self.seq_len, (), generator=g))
-            self._order = epoch, shift, torch.randperm(len(self), generator=g)
-        return self._order[1:]
-
     def batch(self, step: int, batch_size: int) -> Tensor:
         """Batch `step` of an endless sequence of epochs, (B, L + 1): from (seed, step, B) alone, so resuming is exact.
 
-        An epoch takes each block once, in random order; all are shifted by one random offset < L, so that tokens change
-        their place in a block between epochs, and the last is pulled back to the file's end. Batches straddle epochs.
-        """
-        if step < 0 or batch_size < 1:
-            raise ValueError(f"step must be at least 0 and batch_size at least 1, got {step} and {batch_size}")
+        An epoch takes each block once, in random order, all shifted by one random offset < L, so that tokens change
+        their place in a block between epochs; the last is pulled back to the file's end. Batches may straddle epochs."""
         rows = []
         for k in range(step * batch_size, (step + 1) * batch_size):
-            shift, order = self.order(k // len(self))
+            shift, order = epoch_order(self.seed, k // len(self), len(self), self.seq_len)
             rows.append(self._read(min(shift + int(order[k % len(self)]) * self.seq_len, self.n - 1 - self.seq_len)))
         return torch.stack(rows)  # (B, L + 1)
 
@@ -322,29 +305,46 @@ def digits() -> Tensor:
     return torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16  # (N, 1, 8, 8)
 
 
+def read_images(folder: str | os.PathLike, size: int, channels: int = 1) -> Tensor:
+    """A folder's images, sorted by name, cut to the middle square and resized: float32 (N, C, size, size) in [0, 1]."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise ImportError("read_images() needs Pillow: pip install pillow") from None
+    images, suffixes = [], (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".pgm", ".ppm")
+    for file in (f for f in _walk(Path(folder)) if f.suffix.lower() in suffixes):
+        try:
+            image = ImageOps.fit(Image.open(file).convert("L" if channels == 1 else "RGB"), (size, size))
+        except (OSError, ValueError, SyntaxError) as e:  # Pillow raises all three for broken files
+            raise ValueError(f"{file}: not a readable image: {e}") from None
+        images.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, -1))
+    if not images:
+        raise ValueError(f"folder {str(folder)!r} holds no image ({' '.join(suffixes)})")
+    return torch.stack(images).permute(0, 3, 1, 2) / 255  # (N, size, size, C) -> (N, C, size, size)
+
+
 if __name__ == "__main__":
     import random
     import tempfile
 
     rng = random.Random(0)
-    vocabulary = ["".join(rng.choices("abcdefghij", k=4)) for _ in range(400)]
-    texts = [" ".join(rng.choices(vocabulary, k=200)) + "\r\n" for _ in range(12)]
+    texts = [" ".join(f"w{rng.randrange(400)}" for _ in range(200)) + "\r\n" for _ in range(12)]
     texts += [texts[0].replace("\r\n", "\n\x00"), "\ufeff" + texts[1]]  # the same once cleaned
-    for share in (0.01, 0.02, 0.1):  # near-duplicates: every word drawn anew with this probability
-        texts.append(" ".join(rng.choice(vocabulary) if rng.random() < share else w for w in texts[2].split()))
+    for share in (0.004, 0.02, 0.1):  # near-duplicates: every word drawn anew with this probability
+        texts.append(" ".join(f"w{rng.randrange(400)}" if rng.random() < share else w for w in texts[2].split()))
     documents = [Document(clean(t)) for t in texts]
     kept = deduplicate(documents)
-    train, val = split(kept, validation=0.2)
     print(f"{len(texts)} texts, {len(set(documents))} differ once cleaned, {len(kept)} without near-duplicates")
     for i in range(14, 17):
         a, b = shingles(texts[2]), shingles(texts[i])
-        share = (minhash(a) == minhash(b)).float().mean()
-        print(f"{i} and 2: J = {jaccard(a, b):.3f}, {K} minima say {share:.3f}, kept: {documents[i] in kept}")
+        estimate = (minhash(a) == minhash(b)).float().mean()
+        print(f"{i} and 2: J = {jaccard(a, b):.3f}, estimate {estimate:.3f}, kept: {documents[i] in kept}")
+    train, val = split(kept, validation=0.2)
     with tempfile.TemporaryDirectory() as folder:
         n = write_tokens(path := Path(folder, "train.npy"), ([*d.text.encode(), 256] for d in train), vocab_size=257)
         blocks, resumed = (TokenBlocks(path, seq_len=1000, seed=0) for _ in range(2))
         print(f"train {len(train)}, val {len(val)}; {n} tokens in {path.stat().st_size} bytes, {len(blocks)} blocks")
-        print("epoch 0: shift {}, order {}\nepoch 1: shift {}, order {}".format(*blocks.order(0), *blocks.order(1)))
+        print("shift and order of epochs 0 and 1:", *(epoch_order(0, e, len(blocks), 1000) for e in range(2)), sep="\n")
         run = [blocks.batch(step, batch_size=4) for step in range(9)]
         print("resumed at step 5, same to step 8:", all(torch.equal(run[s], resumed.batch(s, 4)) for s in range(5, 9)))
         print("scored:", sum(int((y[:, 1:] >= 0).sum()) for _, y in blocks.sequential(4)), "of", n - 1, "next tokens")
