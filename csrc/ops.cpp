@@ -36,7 +36,8 @@ using torch::stable::Tensor;
 using Sizes = std::array<int64_t, 4>;
 
 constexpr int64_t kMaxHeadSize = 256;
-constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();  // of one dimension: i * stride cannot overflow later
+constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();  // of one dimension
+constexpr int64_t kMaxScores = int64_t{1} << 53;  // B * H * Tq * Tk: a kernel may multiply it by D + Dv without overflow
 
 // ---------------------------------------------------------------------------------------------------- arguments
 
@@ -250,6 +251,10 @@ Qkv check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                   H);
   check_size(op, "k", a.k, {B, Hkv, Tk, D}, "(B, Hkv, Tk, D), with B and D of q");
   check_size(op, "v", a.v, {B, Hkv, Tk, Dv}, "(B, Hkv, Tk, Dv), with B, Hkv and Tk of k");
+  int64_t scores = B;
+  for (int64_t n : {H, Tq, Tk})
+    STD_TORCH_CHECK(!__builtin_mul_overflow(scores, n, &scores) && scores <= kMaxScores, op, ": q has shape ", shape(q),
+                    " and k ", shape(k), "; wanted at most ", kMaxScores, " scores");
   a.mask = mask_view(op, mask, a.q.type, {B, H, Tq, Tk});
   a.out = {B, H, Tq, Dv};
   a.lse = {B, H, Tq, 1};
