@@ -60,8 +60,8 @@ def filter_logits(logits, *, temperature=1.0, top_k=None, top_p=None):
         raise ValueError(f"logits: the largest of row {row} is {largest[row].item()}, wanted a finite one (diverged?)")
     if temperature == 0:
         return torch.full_like(logits, -math.inf).scatter(1, first, 0.0)
-    # From the maximum down: however small the temperature, the largest is 0 and nothing overflows to inf - inf.
-    logits = (logits - largest) / max(temperature, 1e-30)
+    # From the maximum down, the largest is 0 at any temperature; the bounds, float32's, keep out 0/0 and inf/inf.
+    logits = (logits - largest) / min(max(temperature, 1e-30), 1e30)
     if top_k is None and top_p in (None, 1):
         return logits
     if top_k is None:
