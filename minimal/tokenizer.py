@@ -176,8 +176,7 @@ class Tokenizer:
         self.vocab_size, self.eos_id = len(self.tokens), self.vocab.get(END)
         self._byte_ids = [self.vocab.get(token) for token in BYTE_TOKENS[kind]]
         byte_of = {token: b for b, token in enumerate(BYTE_TOKENS[kind])}
-        names = {token["content"] for token in added}
-        self._bytes = []  # id -> the bytes that it stands for
+        names, self._bytes = {token["content"] for token in added}, []  # _bytes: id -> the bytes that it stands for
         for token in self.tokens:
             parts = [byte_of.get(part) for part in ([token] if kind == "char" else token)]
             self._bytes.append(token.encode() if token in names or None in parts else bytes(parts))
