@@ -294,7 +294,7 @@ def load_lora(model, folder):
     r, alpha, dropout = config.get("r", 0), config.get("lora_alpha", 0), config.get("lora_dropout", 0.0)
     rslora, dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
     layers, found = _layers(model), {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
         if name not in layers:
             raise ValueError(f"{folder / _WEIGHTS}: no linear layer for {key}; wanted some of: {_one_of(layers)}")
