@@ -278,7 +278,7 @@ class TokenBlocks:
         """Batch `step` of an endless sequence of epochs, (B, L + 1): from (seed, step, B) alone, so resuming is exact.
 
         An epoch takes each block once, in random order, all shifted by one random offset < L, so that tokens change
-        their place in a block between epochs; the last is pulled back to the file's end. Batches may straddle epochs."""
+        their place in a block between epochs; the last is pulled back to the file's end. Batches straddle epochs."""
         rows = []
         for k in range(step * batch_size, (step + 1) * batch_size):
             shift, order = epoch_order(self.seed, k // len(self), len(self), self.seq_len)
