@@ -64,25 +64,30 @@ def _load() -> str | None:
     return None
 
 
+def _like(x: Tensor, *others: Tensor | None) -> Tensor:
+    """A fake result: contiguous, shaped as x. The fake rule also answers where one argument alone is on `meta`."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise RuntimeError(f"torch.ops.minimal: arguments on {x.device} and {other.device}; wanted one device")
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_attention(q, k, v, mask, scale, causal):
+    _like(q, k, v, mask)
+    out = q.new_empty((*q.shape[:3], v.shape[3]))  # (B, H, Tq, Dv)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)  # (B, H, Tq)
+
+
+def _fake_attention_backward(grad, q, k, v, out, lse, mask, scale, causal):
+    return _like(q, grad, k, v, out, lse, mask), _like(k), _like(v)
+
+
 def _register_rules() -> None:
     fake, autograd = torch.library.register_fake, torch.library.register_autograd
-    contiguous = torch.contiguous_format
-
-    fake("minimal::softmax", lambda x, mask, scale, causal: torch.empty_like(x, memory_format=contiguous))
-    fake("minimal::softmax_backward", lambda grad, y, scale: torch.empty_like(y, memory_format=contiguous))
-    fake(
-        "minimal::attention",
-        lambda q, k, v, mask, scale, causal: (
-            q.new_empty((*q.shape[:3], v.shape[3])),  # (B, H, Tq, Dv)
-            q.new_empty(q.shape[:3], dtype=torch.float32),  # (B, H, Tq)
-        ),
-    )
-    fake(
-        "minimal::attention_backward",
-        lambda grad, q, k, v, out, lse, mask, scale, causal: tuple(
-            torch.empty_like(x, memory_format=contiguous) for x in (q, k, v)
-        ),
-    )
+    fake("minimal::softmax", lambda x, mask, scale, causal: _like(x, mask))
+    fake("minimal::softmax_backward", lambda grad, y, scale: _like(y, grad))
+    fake("minimal::attention", _fake_attention)
+    fake("minimal::attention_backward", _fake_attention_backward)
     autograd("minimal::softmax", _softmax_backward, setup_context=_softmax_context)
     autograd("minimal::attention", _attention_backward, setup_context=_attention_context)
     # Without these two lines a second derivative would be silently zero.

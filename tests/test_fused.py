@@ -586,6 +586,14 @@ MALFORMED = {
 }
 
 
+def test_one_argument_alone_on_meta_is_an_error_not_uninitialised_memory():
+    for name in ("q", "k", "v", "mask"):
+        arguments = bad(mask=torch.zeros(3, 5))
+        arguments[name] = arguments[name].to("meta")
+        with pytest.raises(RuntimeError, match="wanted one device"):
+            ops.attention(**arguments)
+
+
 @pytest.mark.parametrize("message", MALFORMED)
 def test_malformed_call_says_what_was_wrong(message):
     with pytest.raises(RuntimeError) as error:
