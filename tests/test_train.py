@@ -1,0 +1,584 @@
+# SPDX-License-Identifier: MIT
+"""train.py from end to end, on files small enough for seconds: it learns, resumes bit for bit, and loses nothing."""
+
+import contextlib
+import json
+import os
+import pathlib
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = ["--size", "tiny", "--seq-len", "32", "--batch-size", "4", "--tokenizer", "bytes", "--new-tokens", "8"]
+TINY += ["--eval-every", "4", "--sample-every", "100", "--save-every", "4", "--log-every", "1", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Each test in a folder of its own, with a small corpus: real prose, the licence and this file."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    pathlib.Path("corpus").mkdir()
+    for name in ("LICENSE", "tests/test_train.py", "tests/conftest.py"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        pathlib.Path("corpus", pathlib.Path(name).stem + ".txt").write_text(text, encoding="utf-8")
+    pathlib.Path("other.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def pretrain(*flags, out="out/gpt", data="corpus", steps=8):
+    train.main([*TINY, "--data", data, "--out", out, "--steps", str(steps), *flags])
+    return pathlib.Path(out)
+
+
+def lora(*flags, out="out/gpt-lora", data="other.txt", steps=8):
+    train.main([*TINY, "--finetune", "lora", "--data", data, "--out", out, "--steps", str(steps), *flags])
+    return pathlib.Path(out)
+
+
+def fails(argv, capsys, *words, code=2):
+    """Runs train.py, which must end with one line on stderr that has the words in it, and change no file."""
+    before = snapshot()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == code, err
+    assert "\n" not in err and "Traceback" not in err and err.startswith("train.py: error: "), err
+    for word in words:
+        assert word in err, f"{word!r} is not in: {err}"
+    assert snapshot() == before, "a refused command has changed a file"
+    return err
+
+
+def snapshot():
+    return {str(path): path.read_bytes() for path in pathlib.Path().rglob("*") if path.is_file()}
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def exact(out):
+    """What must be equal, bit for bit, in two runs: the result, the whole state, and every logged loss."""
+    tensors = load_file(out / "state" / "checkpoint.safetensors")
+    name = "model.safetensors" if (out / "model.safetensors").exists() else "adapter_model.safetensors"
+    tensors |= {f"result.{k}": t for k, t in load_file(out / name).items()}
+    return tensors, [(r["step"], r["loss"], r["val_loss"], r["lr"]) for r in lines(out)]
+
+
+def same(a, b):
+    return a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+
+
+def interrupt_at(step, monkeypatch, number=signal.SIGINT):
+    """Sends this process a signal in the middle of the given step (counted from 0)."""
+    schedule = train.cosine_schedule
+
+    def tap(now, *rest):
+        if now == step:
+            os.kill(os.getpid(), number)
+        return schedule(now, *rest)
+
+    monkeypatch.setattr(train, "cosine_schedule", tap)
+    return lambda: monkeypatch.setattr(train, "cosine_schedule", schedule)
+
+
+# --- the main path ----------------------------------------------------------------------------------------------------
+
+
+def test_pretrain_adapt_merge_and_leave(capsys):
+    """The whole road, ending in the libraries that others use: transformers and peft open what train.py wrote."""
+    import peft
+    import transformers
+
+    out = pretrain("--tokenizer", "bpe", "--vocab-size", "300", "--lr", "0.01", steps=60)
+    said = capsys.readouterr().out
+    log = lines(out)
+    assert set(log[0]) == {"step", "loss", "val_loss", "lr", "tokens_per_s", "elapsed_s", "peak_memory_mb"}
+    assert [r["step"] for r in log] == list(range(1, 61))
+    assert log[-1]["val_loss"] < log[3]["val_loss"] - 0.5, "it does not learn"
+    names = {p.name for p in out.iterdir()}
+    assert names == {"model.safetensors", "config.json", "tokenizer.json", "args.json", "metrics.jsonl", "loss.png",
+                     "samples.txt", "state"}  # fmt: skip
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "bits per byte" in said and "parameters trained in" in said and "next: python train.py" in said
+
+    adapter = lora("--lr", "0.02", steps=60)
+    said = capsys.readouterr().out
+    assert f"base: {out}" in said
+    before, after = (float(x) for x in re.findall(r"^(?:before|after): validation loss ([\d.]+)", said, re.M)[-2:])
+    assert after < before - 0.3
+    trained, every = (int(x.replace(",", "")) for x in re.search(r"([\d,]+) parameters, ([\d,]+) trained", said).groups()[::-1])
+    assert trained == sum(t.numel() for t in load_file(adapter / "adapter_model.safetensors").values()) < every / 4
+    assert not (adapter / "model.safetensors").exists()
+
+    ids = torch.randint(0, 300, (2, 16))
+    base = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    ours, tokenizer = train.load_model(out)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), base(ids).logits, atol=1e-5, rtol=1e-5)
+    text = "Permission is hereby granted, free of charge"
+    assert transformers.AutoTokenizer.from_pretrained(out).encode(text) == tokenizer.encode(text)
+
+    adapted, _ = train.load_model(adapter)
+    theirs = peft.PeftModel.from_pretrained(base, adapter).eval()
+    with torch.no_grad():
+        expected = adapted(ids)
+        torch.testing.assert_close(expected, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+        assert (expected - ours(ids)).abs().max() > 0.1, "the adapter does nothing"
+
+    train.main(["--merge", "--base", str(adapter)])
+    merged = transformers.AutoModelForCausalLM.from_pretrained("out/gpt-lora-merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    capsys.readouterr()
+    train.main(["--eval", "--base", str(adapter)])
+    train.main(["--eval", "--base", "out/gpt-lora-merged", "--data", "other.txt"])
+    scores = re.findall(r"validation loss ([\d.]+)", capsys.readouterr().out)
+    assert abs(float(scores[0]) - after) < 2e-4 and len(scores) == 2
+
+
+def test_with_no_pretrained_model_it_pretrains_first_and_goes_on(capsys, monkeypatch):
+    monkeypatch.setitem(train.SOURCES, "stdlib-code", lambda: train.corpus.read_documents("corpus"))
+    monkeypatch.setitem(train.RECIPES, ("gpt", None), train.RECIPES["gpt", None] | {"steps": 4, "batch_size": 2})
+    undo = interrupt_at(2, monkeypatch)
+    with pytest.raises(SystemExit) as stop:
+        lora()
+    undo()
+    assert stop.value.code == 128 + signal.SIGINT
+    said = capsys.readouterr().out
+    assert "no finished pretrained model under out/" in said and "--resume out/gpt" in said
+    lora()  # the same command again finishes what was begun
+    said = capsys.readouterr().out
+    assert "going on with out/gpt" in said and "base: out/gpt" in said
+    assert lines(pathlib.Path("out/gpt"))[-1]["step"] == 4 and lines(pathlib.Path("out/gpt-lora"))[-1]["step"] == 8
+
+
+def test_full_finetuning_and_a_second_base(capsys):
+    first, second = pretrain(), pretrain(out="out/second", steps=2)
+    train.main([*TINY, "--finetune", "full", "--data", "other.txt", "--steps", "2", "--base", str(first)])
+    a, b = (load_file(p / "model.safetensors") for p in (first, pathlib.Path("out/gpt-full")))
+    assert a.keys() == b.keys() and not all(torch.equal(a[k], b[k]) for k in a)
+    capsys.readouterr()
+    lora(steps=1)
+    assert f"base: {second}" in capsys.readouterr().out, "the newest pretrained model is the base, not a fine-tuned one"
+
+
+def test_vae_writes_pictures(capsys):
+    train.main(["--model", "vae", "--size", "tiny", "--steps", "40", "--eval-every", "20", "--batch-size", "32"])
+    out = pathlib.Path("out/vae")
+    for name in ("reconstructions.png", "samples.png", "walk.png", "loss.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG"), name
+    scored = [r["val_loss"] for r in lines(out) if r["val_loss"]]
+    assert scored[-1] < scored[0]
+    train.main(["--model", "vae", "--finetune", "lora", "--rank", "2", "--steps", "2", "--batch-size", "8"])
+    train.main(["--eval", "--base", "out/vae-lora"])
+    assert "validation loss" in capsys.readouterr().out
+
+
+def test_sample_and_chat(capsys, monkeypatch):
+    pretrain("--temperature", "0")
+    capsys.readouterr()
+    written = []
+    for _ in range(2):
+        train.main(["--sample", "The ", "--new-tokens", "5"])
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1] and written[0].startswith("The ")
+    answers = iter(["Once", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    train.main(["--chat", "--new-tokens", "5"])
+    assert "goes on with what you write" in capsys.readouterr().out
+
+
+def test_dry_run_writes_nothing(capsys):
+    before = snapshot()
+    train.main([*TINY, "--data", "corpus", "--dry-run", "--steps", "7"])
+    assert "nothing was written" in capsys.readouterr().out and snapshot() == before and not os.path.exists("out")
+
+
+def test_patience_stops_and_keeps_the_best(capsys):
+    out = pretrain("--lr", "0", "--patience", "2", steps=40)  # no learning: the first evaluation is the best for ever
+    assert lines(out)[-1]["step"] == 12 and "stopped early at step 12" in "".join(capsys.readouterr())
+    assert json.loads((out / "args.json").read_text())["best_step"] == 4
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [
+    ["--dropout", "0.1", "--grad-accum", "2"],
+    ["--optimizer", "adamw", "--dtype", "bfloat16"],
+    ["--optimizer", "sgd", "--dtype", "float16", "--lr", "0.1"],
+], ids=["muon", "adamw-bfloat16", "sgd-float16"])  # fmt: skip
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_resuming_is_exact(flags, number, monkeypatch, capsys):
+    whole = exact(pretrain(*flags, out="out/whole"))
+    undo = interrupt_at(5, monkeypatch, number)
+    with pytest.raises(SystemExit) as stop:
+        pretrain(*flags, out="out/parts")
+    assert stop.value.code == 128 + number
+    assert "python train.py --resume out/parts" in capsys.readouterr().out
+    undo()
+    assert lines(pathlib.Path("out/parts"))[-1]["step"] == 6
+    train.main(["--resume"])  # needs no other flag: the newest unfinished run
+    assert same(exact(pathlib.Path("out/parts")), whole)
+
+
+def test_resuming_an_adapter_is_exact(monkeypatch):
+    pretrain()
+    whole = exact(lora("--lora-dropout", "0.1", "--dora", out="out/whole"))
+    undo = interrupt_at(3, monkeypatch)
+    with pytest.raises(SystemExit):
+        lora("--lora-dropout", "0.1", "--dora", out="out/parts")
+    undo()
+    train.main(["--resume", "out/parts"])
+    assert same(exact(pathlib.Path("out/parts")), whole)
+
+
+def test_resuming_a_vae_is_exact(monkeypatch):
+    flags = ["--model", "vae", "--size", "tiny", "--steps", "8", "--eval-every", "3", "--log-every", "1"]
+    train.main([*flags, "--out", "out/whole"])
+    undo = interrupt_at(4, monkeypatch)
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--out", "out/parts"])
+    undo()
+    train.main(["--resume", "out/parts"])
+    assert same(exact(pathlib.Path("out/parts")), exact(pathlib.Path("out/whole")))
+
+
+def test_the_check_of_exactness_sees_a_repeated_batch(monkeypatch):
+    """The bug that shipped elsewhere: resuming draws the first batches again."""
+    whole = exact(pretrain(out="out/whole"))
+    undo = interrupt_at(5, monkeypatch)
+    with pytest.raises(SystemExit):
+        pretrain(out="out/parts")
+    undo()
+    batch = train.Text.batch
+    monkeypatch.setattr(train.Text, "batch", lambda self, index: batch(self, index - 6))
+    train.main(["--resume", "out/parts"])
+    assert not same(exact(pathlib.Path("out/parts")), whole)
+
+
+def test_kill_at_any_moment(tmp_path):
+    """kill -9, again and again; the run that comes through equals the one that was never killed."""
+    whole = exact(pretrain("--save-every", "1", out="out/whole", steps=30))
+    first = [*TINY, "--data", "corpus", "--out", "out/parts", "--steps", "30", "--save-every", "1"]
+    killed, wait = 0, 0.0
+    for attempt in range(12):
+        started = os.path.exists("out/parts/args.json")
+        command = ["--resume", "out/parts"] if started else first
+        process = subprocess.Popen([sys.executable, ROOT / "train.py", *command], stdout=subprocess.PIPE, text=True,
+                                   stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"})  # fmt: skip
+        if attempt >= 4:
+            assert process.wait(timeout=120) == 0, process.stdout.read()
+            break
+        for line in process.stdout:  # let it begin, then strike at a moment that differs each time
+            if line.startswith(("model:", "step")):
+                break
+        time.sleep(wait)
+        wait += 0.07
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        if os.path.exists("out/parts/args.json") and json.loads(pathlib.Path("out/parts/args.json").read_text())["status"] == "finished":
+            break
+    assert killed >= 1
+    assert same(exact(pathlib.Path("out/parts")), whole)
+
+
+def test_resuming_with_other_settings(monkeypatch, capsys):
+    undo = interrupt_at(2, monkeypatch)
+    with pytest.raises(SystemExit):
+        pretrain()
+    undo()
+    for flags in (["--size", "small"], ["--seq-len", "16"], ["--data", "other.txt"], ["--model", "vae"]):
+        fails(["--resume", "out/gpt", *flags], capsys, flags[0], flags[1], "resuming cannot change")
+    train.main(["--resume", "out/gpt", "--lr", "0.002", "--steps", "9"])
+    said = capsys.readouterr().out
+    assert "--lr: 0.01 -> 0.002" in said and "--steps: 8 -> 9" in said
+    fails(["--resume", "out/gpt"], capsys, "finished at step 9")
+    train.main(["--resume", "out/gpt", "--steps", "10"])
+    assert lines(pathlib.Path("out/gpt"))[-1]["step"] == 10
+
+
+def test_resuming_on_a_changed_base(monkeypatch, capsys):
+    pretrain()
+    undo = interrupt_at(2, monkeypatch)
+    with pytest.raises(SystemExit):
+        lora()
+    undo()
+    pretrain("--overwrite", "--lr", "0.02")
+    fails(["--resume", "out/gpt-lora"], capsys, "out/gpt/model.safetensors", "no longer what the run began with")
+
+
+# --- the gradient -----------------------------------------------------------------------------------------------------
+
+
+def test_any_split_into_microbatches_gives_the_same_step(monkeypatch):
+    """With unequal masks, in float64: 8 rows at once, or in 2, 4, 8 microbatches; the mean of means does not pass."""
+    batch = train.Text.batch
+
+    def masked(self, index):
+        ids = batch(self, index)["ids"]
+        labels = ids.clone()
+        for row in range(len(ids)):
+            keep = (index * len(ids) + row) * 7 % 32  # some rows have no target at all
+            labels[row, keep + 1 :] = -100
+        return {"ids": ids, "labels": labels}
+
+    monkeypatch.setattr(train.Text, "batch", masked)
+
+    def weights(rows, parts, loss=None):
+        if loss:
+            monkeypatch.setattr(train.GPT, "loss", loss)
+        out = pretrain("--batch-size", str(rows), "--grad-accum", str(parts), "--optimizer", "sgd", "--lr", "0.5",
+                       "--overwrite", out=f"out/{rows}", steps=3)  # fmt: skip
+        return load_file(out / "state" / "checkpoint.safetensors")["model.transformer.wte.weight"]
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole = weights(8, 1)
+        assert whole.dtype == torch.float64
+        for parts in (2, 4, 8):
+            torch.testing.assert_close(weights(8 // parts, parts), whole, atol=1e-12, rtol=0)
+        summed = train.GPT.loss
+
+        def mean(self, ids, labels=None):
+            total, n = summed(self, ids, labels)
+            return total / n.clamp(min=1), torch.tensor(1)
+
+        assert (weights(2, 4, mean) - whole).abs().max() > 1e-6, "the check does not see a mean of means"
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_step_with_nothing_to_learn_changes_nothing(monkeypatch):
+    batch = train.Text.batch
+    monkeypatch.setattr(train.Text, "batch", lambda self, i: {k: v for k, v in batch(self, i).items()} | {
+        "labels": torch.full_like(batch(self, i)["ids"], -100)})  # fmt: skip
+    before = train.new_model
+    models = []
+    monkeypatch.setattr(train, "new_model", lambda *a: models.append(before(*a)) or models[-1])
+    copies = []
+    fit = train.fit
+    monkeypatch.setattr(train, "fit", lambda s, model, *a: copies.append(model.state_dict()["lm_head.weight"].clone())
+                        or fit(s, model, *a))  # fmt: skip
+    pretrain(steps=4)
+    assert torch.equal(models[0].lm_head.weight, copies[0])
+
+
+def test_gradients_are_clipped_after_unscaling(monkeypatch):
+    """With SGD of rate 1 and no momentum yet, the first step is as long as the clip allows, whatever the scaler's scale."""
+    starts = []
+    fit = train.fit
+
+    def remember(s, model, *rest):
+        starts.append({k: v.clone() for k, v in model.named_parameters()} | {"model": model})
+        return fit(s, model, *rest)
+
+    monkeypatch.setattr(train, "fit", remember)
+
+    def length(*flags):
+        pretrain("--optimizer", "sgd", "--lr", "1", "--warmup", "0", "--clip", "0.01", "--weight-decay", "0",
+                 "--overwrite", *flags, steps=1)  # fmt: skip
+        start = starts.pop()
+        model = start.pop("model")
+        return sum((p - start[n]).square().sum() for n, p in model.named_parameters()).sqrt().item()
+
+    assert length() == pytest.approx(0.01, rel=1e-3)
+    assert length("--dtype", "float16") == pytest.approx(0.01, rel=1e-3)
+    unscale = torch.amp.GradScaler.unscale_
+    clip = torch.nn.utils.clip_grad_norm_
+    late = []  # the buggy order: clip first, unscale afterwards
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", lambda self, o: late.append((self, o)))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, m: (clip(p, m), unscale(*late.pop()))[0])
+    assert length("--dtype", "float16") != pytest.approx(0.01, rel=0.5)
+
+
+def test_a_corpus_is_prepared_part_by_part(monkeypatch, tmp_path):
+    """Many small parts give the same documents as one, each once, with its end token, and none on both sides."""
+    rows = [f"document number {i} says {i * i}\n" for i in range(300)]
+    pathlib.Path("many.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in [*rows, rows[0]]))
+    s = train.parse(["--tokenizer", "bytes", "--data", "many.jsonl"])[0]
+    for size in (2**28, 500):
+        monkeypatch.setattr(train, "PART", size)
+        tokenizer = train.prepare_text(s, tmp_path, None)
+        sides = []
+        for name in ("train.npy", "val.npy"):
+            text = tokenizer.decode(numpy.load(tmp_path / name).tolist())
+            sides.append(text.split("<|endoftext|>"))
+            assert sides[-1].pop() == "", "the last document has no end token"
+        assert sorted(sides[0] + sides[1]) == sorted(rows) and sides[0] and sides[1]
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(capsys):
+    with pytest.raises(SystemExit) as stop:
+        pretrain("--lr", "1e30", "--optimizer", "sgd", "--clip", "0", "--save-every", "1", steps=40)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    step = int(re.search(r"not finite at step (\d+)", said)[1])
+    assert "--resume out/gpt" in said and step > 1
+    state = load_file("out/gpt/state/checkpoint.safetensors")
+    assert all(t.isfinite().all() for name, t in state.items() if t.is_floating_point() and name.startswith("model."))
+
+
+# --- what bad input gets ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--modle", "gpt"], ["--modle", "--model"]),
+    (["--finetune", "lorra"], ["--finetune", "'lorra'", "'lora'"]),
+    (["--size", "smal"], ["--size", "'smal'", "'small'"]),
+    (["--steps", "0"], ["--steps", "'0'", "at least 1"]),
+    (["--steps", "ten"], ["--steps", "'ten'", "whole number"]),
+    (["--lr", "nan"], ["--lr", "'nan'"]),
+    (["--dropout", "1.0"], ["--dropout", "below 1"]),
+    (["--rank"], ["--rank"]),
+    (["--device", "warp"], ["--device", "warp"]),
+    (["--warmup", "9", "--steps", "8"], ["--warmup", "9", "8"]),
+    (["--chat", "--eval"], ["--chat", "--eval"]),
+    (["--data", "missing.txt"], ["missing.txt"]),
+    (["--data", "empty.txt"], ["empty.txt"]),
+    (["--data", "short.txt"], ["short.txt", "--seq-len"]),
+    (["--data", "latin.txt"], ["latin.txt", "UTF-8"]),
+    (["--data", "bad.jsonl"], ["bad.jsonl:2"]),
+    (["--data", "keys.jsonl"], ["keys.jsonl:1", "txt"]),
+    (["--data", "corpus", "--tokenizer", "missing.json"], ["missing.json"]),
+    (["--data", "corpus", "--tokenizer", "bpe", "--vocab-size", "100"], ["--vocab-size", "'100'"]),
+    (["--data", "corpus", "--out", "short.txt"], ["--out", "short.txt"]),
+    (["--finetune", "lora", "--base", "missing"], ["--base", "missing"]),
+    (["--finetune", "lora", "--base", "corpus"], ["--base", "corpus", "config.json"]),
+    (["--resume"], ["--resume", "no unfinished run"]),
+    (["--resume", "corpus"], ["--resume", "corpus", "args.json"]),
+    (["--sample", "x"], ["--sample", "--base"]),
+    (["--model", "vae", "--data", "corpus"], ["corpus"]),
+], ids=lambda value: " ".join(value) if isinstance(value, list) and value and value[0].startswith("--") else "")  # fmt: skip
+def test_bad_input(argv, words, capsys):
+    pathlib.Path("empty.txt").touch()
+    pathlib.Path("short.txt").write_text("short\nfile\n")
+    pathlib.Path("latin.txt").write_bytes("naïve".encode("latin-1") * 100)
+    pathlib.Path("bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    pathlib.Path("keys.jsonl").write_text('{"txt": "no text"}\n')
+    fails([*(TINY if "--resume" not in argv else []), *argv], capsys, *words)
+
+
+def test_a_result_is_not_replaced_unasked(capsys):
+    out = pretrain()
+    fails([*TINY, "--data", "corpus"], capsys, "--out out/gpt", "--overwrite")
+    # with --overwrite, but bad data: what was there is still there
+    fails([*TINY, "--data", "missing", "--overwrite"], capsys, "missing")
+    fails([*TINY, "--data", "corpus", "--overwrite", "--finetune", "full", "--out", str(out)], capsys, "--base")
+    (out / "notes.txt").write_text("mine")
+    pretrain("--overwrite", steps=2)
+    assert (out / "notes.txt").read_text() == "mine" and lines(out)[-1]["step"] == 2
+
+
+def test_adapting_what_does_not_fit(capsys):
+    pretrain()
+    base = [*TINY, "--finetune", "lora", "--data", "other.txt"]
+    fails([*base, "--rank", "65"], capsys, "rank", "65", "64")
+    fails([*base, "--target", "c_atn"], capsys, "c_atn", "c_attn")
+    fails([*base, "--target", "c_attn,nothing"], capsys, "nothing", "c_attn")
+    fails([*base, "--seq-len", "33"], capsys, "--seq-len 33", "32")
+    fails([*base, "--model", "vae", "--base", "out/gpt"], capsys, "--base out/gpt")
+    adapter = lora(steps=1)
+    fails([*base, "--base", str(adapter), "--out", "out/x"], capsys, "is an adapter", "--merge")
+    fails(["--merge", "--base", "out/gpt"], capsys, "is no adapter")
+
+
+def damaged(change):
+    """Rewrites out/gpt's weights; each kind of damage has the words that the message must hold."""
+    path = pathlib.Path("out/gpt/model.safetensors")
+    whole = path.read_bytes()
+    if change == "truncated":
+        path.write_bytes(whole[:-100])
+    elif change == "pickle":
+        path.write_bytes(pickle.dumps({"transformer.wte.weight": [1.0]}))
+    elif change == "only a pickle":
+        path.rename(path.with_name("pytorch_model.bin"))
+    elif change == "architecture":
+        config = path.with_name("config.json")
+        config.write_text(config.read_text().replace('"n_embd": 64', '"n_embd": 32'))
+    elif change == "kind":
+        config = path.with_name("config.json")
+        config.write_text(config.read_text().replace('"gpt2"', '"mamba"'))
+
+
+@pytest.mark.parametrize("change, word", [
+    ("truncated", "model.safetensors"), ("pickle", "model.safetensors"), ("only a pickle", "model.safetensors"),
+    ("architecture", "model.safetensors"), ("kind", "mamba"),
+])  # fmt: skip
+def test_a_damaged_base(change, word, capsys):
+    pretrain(steps=1)
+    damaged(change)
+    fails([*TINY, "--finetune", "lora", "--data", "other.txt"], capsys, word)
+
+
+def test_a_damaged_checkpoint(monkeypatch, capsys):
+    interrupt_at(2, monkeypatch)
+    with pytest.raises(SystemExit):
+        pretrain()
+    path = pathlib.Path("out/gpt/state/checkpoint.safetensors")
+    whole = path.read_bytes()
+    for content in (whole[:-50], pickle.dumps([1]), b""):
+        path.write_bytes(content)
+        fails(["--resume", "out/gpt"], capsys, "checkpoint.safetensors", "not a whole checkpoint")
+
+
+def test_a_full_disk(capsys):
+    """The file size limit of the process stands in for the disk: a write beyond it fails in the middle of a file."""
+    script = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+save = train.save_checkpoint
+def later(path, model, optimizer, progress, scaler):
+    if progress["step"] == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    return save(path, model, optimizer, progress, scaler)
+train.save_checkpoint = later
+train.main({[*TINY, "--data", "corpus", "--steps", "8", "--save-every", "2"]!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "checkpoint.safetensors" in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [p for p in pathlib.Path("out").rglob("*.tmp")]
+    train.main(["--resume", "out/gpt"])  # the checkpoint of step 2 is whole
+    assert lines(pathlib.Path("out/gpt"))[-1]["step"] == 8
+
+
+def test_help_and_no_traceback_from_the_shell():
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    for field in train.dataclasses.fields(train.Settings):
+        assert train.flag(field.name) in done.stdout and field.metadata["help"], field.name
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--data", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_the_fused_path_and_the_plain_one_train_alike():
+    """MINIMAL_FUSED=0 in a process of its own gives the same losses, up to rounding."""
+    losses = []
+    for value in ("1", "0"):
+        env = os.environ | {"MINIMAL_FUSED": value}
+        command = [sys.executable, ROOT / "train.py", *TINY, "--data", "corpus", "--steps", "4", "--out", f"out/{value}"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        losses.append(torch.tensor([r["loss"] for r in lines(pathlib.Path(f"out/{value}"))]))
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-3, rtol=0)
+    with contextlib.suppress(ImportError):
+        from minimal import fused
+
+        assert ("attention: fused" in done.stdout) is False or not fused.available()
