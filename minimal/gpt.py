@@ -319,6 +319,7 @@ def _read_config(path):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # so small a model is slower when shared out
     small = GPTConfig()
     V, C, P, L = small.vocab_size, small.n_embd, small.n_positions, small.n_layer
     formula = V * C + P * C + L * (12 * C * C + 13 * C) + 2 * C
@@ -339,7 +340,6 @@ if __name__ == "__main__":
         optimiser.zero_grad()
         (total / count).backward()
         optimiser.step()
-
     with torch.no_grad():
         plain, cached, cache, new = ids[:, :20], ids[:, :20], [], ids[:, :20]
         for _ in range(60):
