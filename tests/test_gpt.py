@@ -645,7 +645,7 @@ def test_bfloat16_weights_sum_in_float32():
 
 
 def test_compiles_without_a_break():
-    model = tiny()
+    model = tiny(n_layer=1)
     compiled, ids = copy.deepcopy(model), tokens(2, 20)
     compiled.compile(backend="aot_eager", fullgraph=True, dynamic=False)  # in place: loss() goes through it too
     a, b = model.loss(ids)[0], compiled.loss(ids)[0]
@@ -655,7 +655,7 @@ def test_compiles_without_a_break():
     for p, q in zip(model.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        check_chunks(compiled, ids, [12, 1, 1, 6])
+        check_chunks(compiled, ids, [12, 8])
 
 
 @pytest.mark.parametrize(
