@@ -23,7 +23,7 @@
 // Tiling and row log-sum-exp: Dao et al. 2022 (FlashAttention, arXiv 2205.14135); Delta and division at the end: Dao 2023
 // (FlashAttention-2, arXiv 2307.08691); running maximum and sum: Milakov & Gimelshein 2018 (arXiv 1805.02867).
 
-constexpr int64_t GRAIN = 16;  // lanes that are skipped together; a multiple of W
+constexpr int64_t GRAIN = W > 8 ? W : 8;  // lanes that are skipped together
 constexpr float INF = __builtin_inff();
 
 // ---- the one micro-kernel -------------------------------------------------------------------------------------------
@@ -31,9 +31,7 @@ constexpr float INF = __builtin_inff();
 // A block of C in registers: R rows of NV vectors. C (R x NV*W) = [C +] A (R x K) B (K x NV*W), A[r, k] at r * ar + k * ak.
 template <int R, int NV>
 static void micro(int64_t K, const float* A, int64_t ar, int64_t ak, const float* B, int64_t ldb, float* C, int64_t ldc, bool add) {
-  vf c[R][NV];
-  UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int n = 0; n < NV; n++) c[r][n] = add ? load(C + r * ldc + n * W) : vf{};
+  vf c[R][NV] = {};
   for (int64_t k = 0; k < K; k++) {
     vf b[NV];
     UNROLL for (int n = 0; n < NV; n++) b[n] = load(B + k * ldb + n * W);
@@ -43,7 +41,7 @@ static void micro(int64_t K, const float* A, int64_t ar, int64_t ak, const float
     }
   }
   UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int n = 0; n < NV; n++) store(C + r * ldc + n * W, c[r][n]);
+    UNROLL for (int n = 0; n < NV; n++) store(C + r * ldc + n * W, add ? load(C + r * ldc + n * W) + c[r][n] : c[r][n]);
 }
 
 // As many rows as the registers hold beside NV vectors of B and one broadcast.
@@ -89,11 +87,11 @@ static void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t ar,
 // padded with zeros to whole vectors. `ld` is the distance between rows.
 static const float* rows_of(const View& x, int64_t from, int64_t n, bool whole_vectors, float* room, int64_t& ld) {
   const int64_t D = x.size[3];
-  if (x.type == Type::f32 && x.stride[3] == 1 && (!whole_vectors || D % GRAIN == 0)) {
+  if (x.type == Type::f32 && x.stride[3] == 1 && (!whole_vectors || D % 16 == 0)) {
     ld = x.stride[2];
     return (const float*)x.data + from;
   }
-  ld = round_up(D, GRAIN);
+  ld = round_up(D, 16);
   for (int64_t i = 0; i < n; i++)
     for (int64_t d = 0; d < ld; d += W)
       store(room + i * ld + d, d < D ? read(x, from + i * x.stride[2] + d * x.stride[3], x.stride[3], D - d) : vf{});
@@ -105,10 +103,14 @@ static void pack(const View& x, int64_t from, int64_t row_stride, int64_t stride
   for (int64_t i0 = 0; i0 < NQ; i0 += W)
     for (int64_t d0 = 0; d0 < depth; d0 += W) {
       vf r[W];
-      UNROLL for (int i = 0; i < W; i++) r[i] = i0 + i < n ? read(x, from + (i0 + i) * row_stride + d0 * stride, stride, depth - d0) : vf{};
+      const int64_t tile = from + i0 * row_stride + d0 * stride, rows = n - i0, columns = depth - d0;
+      if (x.type == Type::f32 && stride == 1 && rows >= W && columns >= W)
+        UNROLL for (int i = 0; i < W; i++) r[i] = load((const float*)x.data + tile + i * row_stride);
+      else
+        UNROLL for (int i = 0; i < W; i++) r[i] = i < rows ? read(x, tile + i * row_stride, stride, columns) : vf{};
       transpose(r);
       UNROLL for (int d = 0; d < W; d++)
-        if (d0 + d < depth) store(to + (d0 + d) * NQ + i0, r[d] * scale);
+        if (d < columns) store(to + (d0 + d) * NQ + i0, r[d] * scale);
     }
 }
 
@@ -118,10 +120,14 @@ static void unpack(const float* tile, int64_t NQ, const float* factor, const Vie
   for (int64_t i0 = 0; i0 < n; i0 += W)
     for (int64_t d0 = 0; d0 < D; d0 += W) {
       vf r[W], f = load(factor + i0);
-      UNROLL for (int d = 0; d < W; d++) r[d] = d0 + d < D ? load(tile + (d0 + d) * NQ + i0) * f : vf{};
+      const int64_t to = from + i0 * x.stride[2] + d0 * x.stride[3], rows = n - i0, columns = D - d0;
+      UNROLL for (int d = 0; d < W; d++) r[d] = d < columns ? load(tile + (d0 + d) * NQ + i0) * f : vf{};
       transpose(r);
-      UNROLL for (int i = 0; i < W; i++)
-        if (i0 + i < n) write(x, from + (i0 + i) * x.stride[2] + d0 * x.stride[3], x.stride[3], D - d0, r[i]);
+      if (x.type == Type::f32 && x.stride[3] == 1 && rows >= W && columns >= W)
+        UNROLL for (int i = 0; i < W; i++) store((float*)x.data + to + i * x.stride[2], r[i]);
+      else
+        UNROLL for (int i = 0; i < W; i++)
+          if (i < rows) write(x, to + i * x.stride[2], x.stride[3], columns, r[i]);
     }
 }
 
@@ -134,12 +140,12 @@ struct Pair {
 };
 
 // The next rows [j, end) of S' that leave out the same lanes, those before `first`. False: there are no more rows.
-INLINE bool next_rows(const Pair& t, int64_t& j, int64_t& end, int64_t& first) {
+INLINE bool next_rows(const Pair& t, int64_t& j, int64_t& end, int64_t& first, int64_t grain = GRAIN) {
   j = end;
   if (j >= t.kn) return false;
   const int64_t lane = j - t.ahead;
-  first = lane > 0 ? lane / GRAIN * GRAIN : 0;
-  end = least(t.kn, j + first + GRAIN - lane);
+  first = lane > 0 ? lane / grain * grain : 0;
+  end = least(t.kn, j + first + grain - lane);
   return true;
 }
 // The rows of S' that vector n (a lane number) takes part in, and from which of them on some of its lanes are hidden.
@@ -207,7 +213,7 @@ static void forward_tile(const Attention& a, int64_t b, int64_t h, int64_t q0, S
   const int64_t D = a.q.size[3], Dv = a.v.size[3], kv = h / (a.q.size[1] / a.k.size[1]);
   const int64_t qn = least(QUERIES, a.q.size[2] - q0), NQ = round_up(qn, W);
   float *q = scratch.take(D * NQ), *o = scratch.take(Dv * NQ), *s = scratch.take(KEYS * NQ), *mask = scratch.take(KEYS * NQ);
-  float *K_room = scratch.take(KEYS * round_up(D, GRAIN)), *V_room = scratch.take(KEYS * round_up(Dv, GRAIN));
+  float *K_room = scratch.take(KEYS * round_up(D, 16)), *V_room = scratch.take(KEYS * round_up(Dv, 16));
   float *m = scratch.take(NQ), *l = scratch.take(NQ);
 
   pack(a.q, at(a.q, b, h, q0), a.q.stride[2], a.q.stride[3], qn, D, a.scale, q, NQ);
@@ -243,7 +249,7 @@ INLINE int64_t spread(int64_t i, int64_t n) { return i % 2 ? n - 1 - i / 2 : i /
 static void forward_tiles(void* context, int64_t begin, int64_t end) {
   const Attention& a = *(const Attention*)context;
   const int64_t H = a.q.size[1], tiles = (a.q.size[2] + QUERIES - 1) / QUERIES;
-  const int64_t D = round_up(a.q.size[3], GRAIN), Dv = round_up(a.v.size[3], GRAIN);
+  const int64_t D = round_up(a.q.size[3], 16), Dv = round_up(a.v.size[3], 16);
   ScratchBlock block((D + Dv + 2 * KEYS + 2) * QUERIES + (D + Dv) * KEYS);
   for (int64_t i = begin; i < end; i++)
     forward_tile(a, i / tiles / H, i / tiles % H, spread(i % tiles, tiles) * QUERIES, block.start());
@@ -260,7 +266,7 @@ struct Range {
 // heads must be all. Whatever the ranges, an element gets the same terms in the same order.
 static void backward_range(const Attention& a, int64_t b, Range h_range, Range q_range, Range k_range, bool want_q, bool want_kv, Scratch scratch) {
   const int64_t D = a.q.size[3], Dv = a.v.size[3], kv = h_range.begin / (a.q.size[1] / a.k.size[1]);
-  const int64_t ldd = round_up(D, GRAIN), lddv = round_up(Dv, GRAIN);
+  const int64_t ldd = round_up(D, 16), lddv = round_up(Dv, 16);
   float *q = scratch.take(D * QUERIES), *g = scratch.take(Dv * QUERIES), *dq = scratch.take(D * QUERIES);
   float *p = scratch.take(KEYS * QUERIES), *ds = scratch.take(KEYS * QUERIES), *mask = scratch.take(KEYS * QUERIES);
   float *Q_room = scratch.take(ldd * QUERIES), *G_room = scratch.take(lddv * QUERIES);
@@ -321,14 +327,14 @@ static void backward_range(const Attention& a, int64_t b, Range h_range, Range q
             store(ds + j * NQ + n, dS);
           }
         }
-        for (end = 0; next_rows(t, j, end, first);) {
-          if (want_kv && first < qn) {
-            const int64_t row = k0 - k_range.begin + j;
-            product(end - j, lddv, qn - first, p + j * NQ + first, NQ, 1, G + first * ldg, ldg, dv + row * lddv, lddv, true);
-            product(end - j, ldd, qn - first, ds + j * NQ + first, NQ, 1, Q + first * ldq, ldq, dk + row * ldd, ldd, true);
-          }
-          if (want_q) product(D, NQ - first, end - j, K + j * ldk, 1, ldk, ds + j * NQ + first, NQ, dq + first, NQ, true);
+        // Here the lanes are summed over, one by one, so they need not be left out by whole vectors.
+        for (end = 0; want_kv && next_rows(t, j, end, first, 8);) {
+          const int64_t row = k0 - k_range.begin + j;
+          product(end - j, lddv, qn - first, p + j * NQ + first, NQ, 1, G + first * ldg, ldg, dv + row * lddv, lddv, true);
+          product(end - j, ldd, qn - first, ds + j * NQ + first, NQ, 1, Q + first * ldq, ldq, dk + row * ldd, ldd, true);
         }
+        for (end = 0; want_q && next_rows(t, j, end, first);)
+          product(D, NQ - first, end - j, K + j * ldk, 1, ldk, ds + j * NQ + first, NQ, dq + first, NQ, true);
       }
       if (want_q) unpack(dq, NQ, scales, a.dq, at(a.dq, b, h, q0), qn);
     }
@@ -342,7 +348,7 @@ static void backward_range(const Attention& a, int64_t b, Range h_range, Range q
 }
 
 INLINE int64_t backward_floats(const Attention& a, int64_t keys) {
-  const int64_t D = round_up(a.q.size[3], GRAIN), Dv = round_up(a.v.size[3], GRAIN);
+  const int64_t D = round_up(a.q.size[3], 16), Dv = round_up(a.v.size[3], 16);
   return (3 * D + 2 * Dv + 3 * KEYS + 3) * QUERIES + (D + Dv) * (KEYS + keys);
 }
 
