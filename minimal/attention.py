@@ -91,7 +91,7 @@ def torch_attention(q, k, v, *, causal=False, mask=None, scale=None, dropout=0.0
     adds to it; a row with nothing to attend to gives zeros; dropout is always active: pass 0.0 in evaluation.
     """
     Tq, Tk = q.shape[2], k.shape[2]
-    causal = causal and Tq > 1  # a lone query is the last token: it sees every key
+    causal = causal if Tq > 1 else False  # a lone query is the last token: it sees every key
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]  # PyTorch fails on a mask of 1 dim, and takes a slow path on 3
         if mask.is_floating_point():

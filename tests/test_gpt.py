@@ -647,7 +647,7 @@ def test_bfloat16_weights_sum_in_float32():
 def test_compiles_without_a_break():
     model = tiny(n_layer=1)
     compiled, ids = copy.deepcopy(model), tokens(2, 20)
-    compiled.compile(backend="aot_eager", fullgraph=True, dynamic=False)  # in place: loss() goes through it too
+    compiled.compile(backend="aot_eager", fullgraph=True)  # in place: loss() goes through it too
     a, b = model.loss(ids)[0], compiled.loss(ids)[0]
     torch.testing.assert_close(a, b)
     a.backward()
