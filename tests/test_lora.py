@@ -207,6 +207,7 @@ def test_a_name_that_ends_another_name_stays_exact(tmp_path):
     assert add_lora(copy.deepcopy(plain), rank=2, target="fc") == ["fc", "block.fc"]
     save_lora(stir(model), tmp_path)
     oracle = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    assert [n for n, m in oracle.base_model.model.named_modules() if hasattr(m, "base_layer")] == ["fc"]
     torch.testing.assert_close(oracle(x), model(x))
     load_lora(plain, tmp_path)
     assert torch.equal(plain(x), model(x)) and not hasattr(plain.block["fc"], "lora")
