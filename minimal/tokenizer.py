@@ -117,7 +117,7 @@ def learn_merges(words, vocab, limit, reserved):
         merges.append((names[a], names[b]))
 
         change = collections.defaultdict(int)
-        for i in sorted(set(places.pop(pair))):  # left to right, so that aaa becomes aa a
+        for i in places.pop(pair):  # left to right, so that aaa becomes aa a
             j = after[i]
             if symbol[i] != a or symbol[j] != b:
                 continue  # an earlier merge took one of the two
@@ -136,7 +136,6 @@ def learn_merges(words, vocab, limit, reserved):
             counts[other] += n
             if n > 0:
                 heapq.heappush(heap, (-counts[other], other))
-        counts[pair] = 0
     return merges
 
 
