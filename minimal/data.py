@@ -148,9 +148,8 @@ def shingles(text: str) -> Tensor:
     ids = torch.tensor([int.from_bytes(words[w], "little", signed=True) for w in found], dtype=torch.int64)
     width = min(NGRAM, len(ids))
     hashed = torch.zeros(len(ids) + 1 - width, dtype=torch.int64)  # (n,)
-    for i in range(width):  # int64 wraps: arithmetic modulo 2^64. Multiplying after each word makes their order count
+    for i in range(width):  # a polynomial in an odd number, so that the order of words counts; int64 wraps: modulo 2^64
         hashed = (hashed + ids[i : i + len(hashed)]) * -0x61C8864680B583EB
-        hashed ^= (hashed >> 32) & 0xFFFFFFFF
     return hashed.unique()
 
 
