@@ -286,7 +286,7 @@ def test_encoding_gives_the_segmentation_of_training():
 
 
 def test_char_keeps_the_most_frequent_and_spells_the_others():
-    tokenizer = Tokenizer.train(["ccccbbbaé", "é€"], 257 + 4, "char")
+    tokenizer = Tokenizer.train(["€ccccbbbaé", "é"], 257 + 4, "char")
     assert tokenizer.tokens[257:] == ["a", "b", "c", "é"]  # a and € once each: the smaller code point
     assert tokenizer.encode("c€") == [tokenizer.token_to_id(t) for t in ("c", "<0xE2>", "<0x82>", "<0xAC>")]
     assert tokenizer.decode(tokenizer.encode("€")) == "€"
@@ -629,6 +629,8 @@ def test_vocabularies_that_do_not_fit_together(tmp_path):
         "a merge of unknown tokens": lambda t: t["model"]["merges"].append(["Q", "nowhere"]),
         "a merge into an unknown token": lambda t: t["model"]["merges"].append(["Q", "Q"]),
         "a merge of three": lambda t: t["model"]["merges"].append(["a", "b", "c"]),
+        "a vocabulary that is a list": lambda t: t["model"].update(vocab=list(t["model"]["vocab"].items())),
+        "a decoder of nothing": lambda t: t.update(decoder={"type": "Sequence", "decoders": []}),
         "an id twice": lambda t: t["model"]["vocab"].update({"new": 5}),
         "an id left out": lambda t: t["model"]["vocab"].update({"new": 999}),
         "an id that is no integer": lambda t: t["model"]["vocab"].update({"a": float(t["model"]["vocab"]["a"])}),
