@@ -104,7 +104,7 @@ def check(case, f=run_fused):
         theirs = [w.to(q.dtype) for w in wanted]
     else:
         theirs = with_grads(sdpa, q, k, v, mask, scale, causal, grad, q.dtype)
-    dS = abs(scale) * largest(grad.double() @ v.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT)
+    dS = abs(scale) * largest(grad.double().abs() @ v.double().abs().repeat_interleave(q.shape[1] // k.shape[1], 1).mT)
     terms = (largest(v), dS * largest(k), dS * largest(q), largest(grad))  # what the sums add up, before cancellation
     for name, g, w, t, term in zip(("out", "dq", "dk", "dv"), got, wanted, theirs, terms, strict=True):
         assert g.shape == w.shape and g.dtype == q.dtype, (name, g.shape, g.dtype)
