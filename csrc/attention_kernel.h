@@ -288,16 +288,16 @@ static void backward_range(const Attention& a, int64_t b, Range h_range, Range q
       const float* Q = rows_of(a.q, at(a.q, b, h, q0), qn, true, Q_room, ldq);
       const float* G = rows_of(a.dout, at(a.dout, b, h, q0), qn, true, G_room, ldg);
       for (int64_t n = 0; n < NQ; n += W) {
-        vf r[W], sums = {};
-        UNROLL for (int i = 0; i < W; i++) {
-          r[i] = vf{};
-          if (n + i < qn)
-            for (int64_t d = 0; d < Dv; d += W)
-              r[i] += read(a.out, at(a.out, b, h, q0 + n + i) + d * a.out.stride[3], a.out.stride[3], Dv - d) *
-                      read(a.dout, at(a.dout, b, h, q0 + n + i) + d * a.dout.stride[3], a.dout.stride[3], Dv - d);
+        // Summed in the order of the product dP': a query with a single key then gets dS = 0 exactly.
+        vf sums = {};
+        for (int64_t d0 = 0; d0 < Dv; d0 += W) {
+          vf r[W];
+          const int64_t tile = at(a.out, b, h, q0 + n) + d0 * a.out.stride[3];
+          UNROLL for (int i = 0; i < W; i++) r[i] = n + i < qn ? read(a.out, tile + i * a.out.stride[2], a.out.stride[3], Dv - d0) : vf{};
+          transpose(r);
+          UNROLL for (int d = 0; d < W; d++)
+            if (d0 + d < Dv) sums += r[d] * load(g + (d0 + d) * NQ + n);
         }
-        transpose(r);
-        UNROLL for (int i = 0; i < W; i++) sums += r[i];
         store(delta + n, sums);
         // +inf where nothing is seen, and in the lanes past qn: exp(S - inf) = 0
         vf lses = read(a.lse, at(a.lse, b, h, q0 + n), a.lse.stride[2], qn - n);
