@@ -27,11 +27,13 @@ MINIMAL_SANITIZE=address,undefined MINIMAL_BUILD_EXTENSION=1 "$python" setup.py 
 compiler=${CXX:-c++}
 LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libstdc++.so)"
 export LD_PRELOAD PYTHONMALLOC=malloc
-export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:allocator_may_return_null=1
-export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+# Reports go to files: pytest holds standard error, and what it holds dies with the process.
+export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:allocator_may_return_null=1:log_path=$folder/report
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=$folder/report
 export MINIMAL_REQUIRE_FUSED=1 MINIMAL_FUSED=1
 unset PYTHONPATH
 
 "$python" -c 'import minimal.fused, sys; C = sys.modules["minimal._C"]; assert "-fsanitize" in C.flags, C.flags; print(C.flags)'
-"$python" -m pytest -q -p no:cacheprovider -k "not compile and not export and not process and not gradcheck" tests "$@"
+"$python" -m pytest -q -p no:cacheprovider -k "not compile and not export and not process and not gradcheck" tests "$@" ||
+    { cat "$folder"/report.* 2> /dev/null || true; echo "sanitize: failed"; exit 1; }
 echo "sanitize: no errors found"
