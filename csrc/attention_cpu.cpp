@@ -24,7 +24,9 @@ constexpr int64_t KEYS = 64;     // in a block: S' of a tile then takes 16 KB of
 namespace minimal {
 namespace {
 
-int64_t work(const Attention& a) { return a.q.size[0] * a.q.size[1] * a.q.size[2] * a.k.size[2] * (a.q.size[3] + a.v.size[3]); }
+int64_t work(const Attention& a) {
+  return a.q.size[0] * a.q.size[1] * a.q.size[2] * a.k.size[2] * (a.q.size[3] + a.v.size[3]);
+}
 
 // Waking the threads costs some microseconds, which a small product does not earn back.
 void run(const Attention& a, int64_t n, void (*body)(void*, int64_t, int64_t), Parallel parallel) {
@@ -42,7 +44,8 @@ int64_t threads(Parallel parallel) {
 
 }  // namespace
 
-void attention_forward(View q, View k, View v, View mask, float scale, bool causal, View out, View lse, Parallel parallel) {
+void attention_forward(View q, View k, View v, View mask, float scale, bool causal, View out, View lse,
+                       Parallel parallel) {
   Attention a{q, k, v, mask, out, lse, scale, causal, {}, {}, {}, {}};
   run(a, q.size[0] * q.size[1] * ((q.size[2] + QUERIES - 1) / QUERIES), MINIMAL_BEST(forward_tiles), parallel);
 }
@@ -52,8 +55,8 @@ void attention_backward(View dout, View q, View k, View v, View out, View lse, V
   Attention a{q, k, v, mask, out, lse, scale, causal, dout, dq, dk, dv};
   const int64_t heads = k.size[0] * k.size[1];
   if (heads == 0) return;
-  // A thread takes whole key-value heads (5 products a head), unless so many threads would then stand idle that 7 products
-  // spread over all of them are sooner done. The results are the same to the last bit, so the choice may depend on the pool.
+  // A thread takes whole key-value heads (5 products a head), unless so many threads would then stand idle that
+  // 7 products spread over all of them are sooner done. Both give the same bits, so the choice may depend on the pool.
   const int64_t pool = work(a) < 100000 ? 1 : threads(parallel);
   const int64_t rounds = (heads + pool - 1) / pool;
   if (5 * rounds * pool <= 7 * heads) return run(a, heads, MINIMAL_BEST(backward_heads), parallel);

@@ -1,42 +1,44 @@
 // SPDX-License-Identifier: MIT
 // Attention, forward and backward, tile by tile, with the queries in the vector lanes.
 //
-//            query ->                     A tile of up to 64 queries is transposed once, so that a vector holds the same
-//          +-----------+                  coordinate of W queries. Then, for each block of keys:
+//            query ->                  A tile of up to 64 queries is transposed once, so that a vector holds the same
+//          +-----------+               coordinate of W queries. Then, for each block of keys:
 //     d    |   Q'      |  packed,
-//     |    |           |  times scale       S' = K Q'                   K is read as it lies, one broadcast per element
-//     v    +-----------+                    m, alpha, P', l             vertical operations, lane = query: a row maximum
-//   d ->                                                                or sum is never a sum along a vector
-//  +----+  +-----------+                    O' = alpha O' + V' P'       V is read as it lies, too
+//     |    |           |  times scale    S' = K Q'                K is read as it lies, one broadcast per element
+//     v    +-----------+                 m, alpha, P', l          vertical operations, lane = query: a row maximum
+//   d ->                                                          or sum is never one along a vector
+//  +----+  +-----------+                 O' = alpha O' + V' P'    V is read as it lies, too
 //  | K  |  | S' -> P'  |  key
-//  +----+  |           |   |              Backward, the same product five times (dP = dO V' transposed is dP' = V dO'):
+//  +----+  |           |   |           Backward, the same product five times (dP = dO V', so dP' = V dO'):
 //  +----+  |           |   v
-//  | V  |  +-----------+                    S' = K Q', P' = exp(S' - lse)      dP' = V dO', dS' = P' * (dP' - Delta)
-//  +----+                                   dV += P' dO                        dK += dS' Q              dQ' += K' dS'
+//  | V  |  +-----------+                 S' = K Q', P' = exp(S' - lse)      dP' = V dO', dS' = P' * (dP' - Delta)
+//  +----+                                dV += P' dO                        dK += dS' Q              dQ' += K' dS'
 //     d    +-----------+
-//     |    |   O'      |  divided by l    (' is a transpose; Delta = rowsum(dO * O); dQ and dK are scaled as they leave.)
-//     v    +-----------+  and unpacked
+//     |    |   O'      |  divided      (' is a transpose; Delta = rowsum(dO * O); dQ and dK are scaled as they leave.)
+//     v    +-----------+  by l, unpacked
 //
-// Causal: blocks of keys that a tile cannot see are skipped, and on the diagonal the products leave out, 16 at a time, the
-// lanes that lie before the key: at T = 64 that is more than a third of the work.
+// Causal: blocks of keys that a tile cannot see are skipped, and on the diagonal the products leave out, a few at a
+// time, the lanes that lie before the key: at T = 64 that is more than a third of the work.
 //
-// Tiling and row log-sum-exp: Dao et al. 2022 (FlashAttention, arXiv 2205.14135); Delta and division at the end: Dao 2023
-// (FlashAttention-2, arXiv 2307.08691); running maximum and sum: Milakov & Gimelshein 2018 (arXiv 1805.02867).
+// Tiling and row log-sum-exp: Dao et al. 2022 (FlashAttention, arXiv 2205.14135); Delta, and the division at the end:
+// Dao 2023 (FlashAttention-2, arXiv 2307.08691); running maximum and sum: Milakov & Gimelshein 2018 (arXiv 1805.02867).
 
 constexpr int64_t GRAIN = W > 8 ? W : 8;  // lanes that are skipped together
 constexpr float INF = __builtin_inff();
 
 // ---- the one micro-kernel -------------------------------------------------------------------------------------------
 
-// A block of C in registers: R rows of NV vectors. C (R x NV*W) = [C +] A (R x K) B (K x NV*W), A[r, k] at r * ar + k * ak.
+// A block of C in registers, R rows of NV vectors: C (R x NV*W) = [C +] A (R x K) B (K x NV*W). Element (r, k)
+// of A stands at A[r * row + k * column], so a transpose costs nothing.
 template <int R, int NV>
-static void micro(int64_t K, const float* A, int64_t ar, int64_t ak, const float* B, int64_t ldb, float* C, int64_t ldc, bool add) {
+static void micro(int64_t K, const float* A, int64_t row, int64_t column, const float* B, int64_t ldb, float* C,
+                  int64_t ldc, bool add) {
   vf c[R][NV] = {};
   for (int64_t k = 0; k < K; k++) {
     vf b[NV];
     UNROLL for (int n = 0; n < NV; n++) b[n] = load(B + k * ldb + n * W);
     UNROLL for (int r = 0; r < R; r++) {
-      vf a = splat(A[r * ar + k * ak]);
+      const vf a = splat(A[r * row + k * column]);
       UNROLL for (int n = 0; n < NV; n++) c[r][n] += a * b[n];
     }
   }
@@ -51,31 +53,35 @@ constexpr int most_rows(int NV) {
 }
 
 template <int NV, int R = most_rows(NV)>
-INLINE void micro_of(int64_t rows, int64_t K, const float* A, int64_t ar, int64_t ak, const float* B, int64_t ldb, float* C, int64_t ldc, bool add) {
-  if (rows == R) return micro<R, NV>(K, A, ar, ak, B, ldb, C, ldc, add);
-  if constexpr (R > 1) micro_of<NV, R - 1>(rows, K, A, ar, ak, B, ldb, C, ldc, add);
+INLINE void micro_of(int64_t rows, int64_t K, const float* A, int64_t row, int64_t column, const float* B, int64_t ldb,
+                     float* C, int64_t ldc, bool add) {
+  if (rows == R) return micro<R, NV>(K, A, row, column, B, ldb, C, ldc, add);
+  if constexpr (R > 1) micro_of<NV, R - 1>(rows, K, A, row, column, B, ldb, C, ldc, add);
 }
 
 template <int NV>
-static void product_columns(int64_t M, int64_t K, const float* A, int64_t ar, int64_t ak, const float* B, int64_t ldb, float* C, int64_t ldc, bool add) {
-  int64_t groups = (M + most_rows(NV) - 1) / most_rows(NV);  // of nearly equal size: a last group of one row would crawl
+static void product_columns(int64_t M, int64_t K, const float* A, int64_t row, int64_t column, const float* B,
+                            int64_t ldb, float* C, int64_t ldc, bool add) {
+  // Groups of nearly equal size: a last one of a single row would crawl.
+  int64_t groups = (M + most_rows(NV) - 1) / most_rows(NV);
   for (int64_t r = 0; groups > 0; groups--) {
     const int64_t rows = (M - r + groups - 1) / groups;
-    micro_of<NV>(rows, K, A + r * ar, ar, ak, B, ldb, C + r * ldc, ldc, add);
+    micro_of<NV>(rows, K, A + r * row, row, column, B, ldb, C + r * ldc, ldc, add);
     r += rows;
   }
 }
 
 // C (M x N) = [C +] A (M x K) B (K x N); N counts floats and is a multiple of W.
-static void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t ar, int64_t ak, const float* B, int64_t ldb, float* C, int64_t ldc, bool add) {
+static void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t row, int64_t column, const float* B,
+                    int64_t ldb, float* C, int64_t ldc, bool add) {
   int64_t groups = (N / W + MOST_VECTORS - 1) / MOST_VECTORS;
   for (int64_t n = 0; groups > 0; groups--) {
     const int64_t vectors = ((N - n) / W + groups - 1) / groups;
-    if (vectors == 1) product_columns<1>(M, K, A, ar, ak, B + n, ldb, C + n, ldc, add);
-    if (vectors == 2) product_columns<2>(M, K, A, ar, ak, B + n, ldb, C + n, ldc, add);
+    if (vectors == 1) product_columns<1>(M, K, A, row, column, B + n, ldb, C + n, ldc, add);
+    if (vectors == 2) product_columns<2>(M, K, A, row, column, B + n, ldb, C + n, ldc, add);
     if constexpr (MOST_VECTORS == 4) {
-      if (vectors == 3) product_columns<3>(M, K, A, ar, ak, B + n, ldb, C + n, ldc, add);
-      if (vectors == 4) product_columns<4>(M, K, A, ar, ak, B + n, ldb, C + n, ldc, add);
+      if (vectors == 3) product_columns<3>(M, K, A, row, column, B + n, ldb, C + n, ldc, add);
+      if (vectors == 4) product_columns<4>(M, K, A, row, column, B + n, ldb, C + n, ldc, add);
     }
     n += vectors * W;
   }
@@ -83,8 +89,8 @@ static void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t ar,
 
 // ---- moving tiles ---------------------------------------------------------------------------------------------------
 
-// n rows of a tensor, from `from` on, as floats: where they lie if a vector can be read there, else converted into `room`,
-// padded with zeros to whole vectors. `ld` is the distance between rows.
+// n rows of a tensor, from `from` on, as floats: where they lie if a vector can be read there, else converted into
+// `room`, padded with zeros to whole vectors. `ld` is the distance between rows.
 static const float* rows_of(const View& x, int64_t from, int64_t n, bool whole_vectors, float* room, int64_t& ld) {
   const int64_t D = x.size[3];
   if (x.type == Type::f32 && x.stride[3] == 1 && (!whole_vectors || D % 16 == 0)) {
@@ -98,8 +104,9 @@ static const float* rows_of(const View& x, int64_t from, int64_t n, bool whole_v
   return room;
 }
 
-// to (depth x NQ) = scale * the transpose of n rows of `depth` elements (zero past n); strides of rows and elements given.
-static void pack(const View& x, int64_t from, int64_t row_stride, int64_t stride, int64_t n, int64_t depth, float scale, float* to, int64_t NQ) {
+// to (depth x NQ) = scale * the transpose of n rows of `depth` elements (zero past n).
+static void pack(const View& x, int64_t from, int64_t row_stride, int64_t stride, int64_t n, int64_t depth, float scale,
+                 float* to, int64_t NQ) {
   for (int64_t i0 = 0; i0 < NQ; i0 += W)
     for (int64_t d0 = 0; d0 < depth; d0 += W) {
       vf r[W];
@@ -131,7 +138,7 @@ static void unpack(const float* tile, int64_t NQ, const float* factor, const Vie
     }
 }
 
-// ---- what a tile of queries and a block of keys see of each other ----------------------------------------------------
+// ---- what a tile of queries and a block of keys see of each other ---------------------------------------------------
 
 struct Pair {
   int64_t q0, qn, NQ;  // the queries; NQ is qn rounded up to whole vectors
@@ -164,7 +171,8 @@ static void add_mask(const Attention& a, int64_t b, int64_t h, const Pair& t, fl
   const int64_t from = at(a.mask, b, h, t.q0) + t.k0 * a.mask.stride[3];
   const bool shared = a.mask.stride[2] == 0;
   if (shared)
-    for (int64_t j = 0; j < t.kn; j += W) store(room + j, read(a.mask, from + j * a.mask.stride[3], a.mask.stride[3], t.kn - j));
+    for (int64_t j = 0; j < t.kn; j += W)
+      store(room + j, read(a.mask, from + j * a.mask.stride[3], a.mask.stride[3], t.kn - j));
   else
     pack(a.mask, from, a.mask.stride[2], a.mask.stride[3], t.qn, t.kn, 1, room, t.NQ);
   for (int64_t n = 0; n < t.NQ; n += W)
@@ -182,7 +190,8 @@ static void softmax_block(const Pair& t, float* s, float* m, float* l, float* o,
     if (!rows) continue;
     const vf before = load(m + n);
     vf now[4] = {before, before, before, before};  // four chains: one would wait for each comparison
-    for (int64_t j = rows_clear(t, n); j < rows; j++) store(s + j * NQ + n, seen(t, n, j) ? load(s + j * NQ + n) : splat(-INF));
+    for (int64_t j = rows_clear(t, n); j < rows; j++)
+      store(s + j * NQ + n, seen(t, n, j) ? load(s + j * NQ + n) : splat(-INF));
     int64_t j = 0;
     for (; j + 4 <= rows; j += 4)
       UNROLL for (int i = 0; i < 4; i++) now[i] = maximum(load(s + (j + i) * NQ + n), now[i]);
@@ -212,7 +221,8 @@ static void softmax_block(const Pair& t, float* s, float* m, float* l, float* o,
 static void forward_tile(const Attention& a, int64_t b, int64_t h, int64_t q0, Scratch scratch) {
   const int64_t D = a.q.size[3], Dv = a.v.size[3], kv = h / (a.q.size[1] / a.k.size[1]);
   const int64_t qn = least(QUERIES, a.q.size[2] - q0), NQ = round_up(qn, W);
-  float *q = scratch.take(D * NQ), *o = scratch.take(Dv * NQ), *s = scratch.take(KEYS * NQ), *mask = scratch.take(KEYS * NQ);
+  float *q = scratch.take(D * NQ), *o = scratch.take(Dv * NQ);
+  float *s = scratch.take(KEYS * NQ), *mask = scratch.take(KEYS * NQ);
   float *K_room = scratch.take(KEYS * round_up(D, 16)), *V_room = scratch.take(KEYS * round_up(Dv, 16));
   float *m = scratch.take(NQ), *l = scratch.take(NQ);
 
@@ -243,7 +253,7 @@ static void forward_tile(const Attention& a, int64_t b, int64_t h, int64_t q0, S
   unpack(o, NQ, l, a.out, at(a.out, b, h, q0), qn);
 }
 
-// Tiles in the order first, last, second, last but one ...: with causal they differ in cost, and threads get equal ranges.
+// Tiles in the order first, last, second, last but one ...: with causal they differ in cost, and a thread gets a range.
 INLINE int64_t spread(int64_t i, int64_t n) { return i % 2 ? n - 1 - i / 2 : i / 2; }
 
 static void forward_tiles(void* context, int64_t begin, int64_t end) {
@@ -261,10 +271,11 @@ struct Range {
   int64_t begin, end;
 };
 
-// What the queries [q.begin, q.end) of the heads [h.begin, h.end), all on one key-value head, and the keys [k.begin, k.end)
-// give each other. Written: dQ if want_q, then the keys must be all of them; dK and dV if want_kv, then the queries and
-// heads must be all. Whatever the ranges, an element gets the same terms in the same order.
-static void backward_range(const Attention& a, int64_t b, Range h_range, Range q_range, Range k_range, bool want_q, bool want_kv, Scratch scratch) {
+// What some queries of some heads, all on one key-value head, and some keys give each other. Written: dQ if want_q, and
+// then the keys must be all there are; dK and dV if want_kv, and then the queries and heads must be all. However the
+// work is cut into ranges, an element gets the same terms in the same order.
+static void backward_range(const Attention& a, int64_t b, Range h_range, Range q_range, Range k_range, bool want_q,
+                           bool want_kv, Scratch scratch) {
   const int64_t D = a.q.size[3], Dv = a.v.size[3], kv = h_range.begin / (a.q.size[1] / a.k.size[1]);
   const int64_t ldd = round_up(D, 16), lddv = round_up(Dv, 16);
   float *q = scratch.take(D * QUERIES), *g = scratch.take(Dv * QUERIES), *dq = scratch.take(D * QUERIES);
@@ -293,7 +304,8 @@ static void backward_range(const Attention& a, int64_t b, Range h_range, Range q
         for (int64_t d0 = 0; d0 < Dv; d0 += W) {
           vf r[W];
           const int64_t tile = at(a.out, b, h, q0 + n) + d0 * a.out.stride[3];
-          UNROLL for (int i = 0; i < W; i++) r[i] = n + i < qn ? read(a.out, tile + i * a.out.stride[2], a.out.stride[3], Dv - d0) : vf{};
+          UNROLL for (int i = 0; i < W; i++)
+            r[i] = n + i < qn ? read(a.out, tile + i * a.out.stride[2], a.out.stride[3], Dv - d0) : vf{};
           transpose(r);
           UNROLL for (int d = 0; d < W; d++)
             if (d0 + d < Dv) sums += r[d] * load(g + (d0 + d) * NQ + n);
@@ -330,8 +342,10 @@ static void backward_range(const Attention& a, int64_t b, Range h_range, Range q
         // Here the lanes are summed over, one by one, so they need not be left out by whole vectors.
         for (end = 0; want_kv && next_rows(t, j, end, first, 8);) {
           const int64_t row = k0 - k_range.begin + j;
-          product(end - j, lddv, qn - first, p + j * NQ + first, NQ, 1, G + first * ldg, ldg, dv + row * lddv, lddv, true);
-          product(end - j, ldd, qn - first, ds + j * NQ + first, NQ, 1, Q + first * ldq, ldq, dk + row * ldd, ldd, true);
+          product(end - j, lddv, qn - first, p + j * NQ + first, NQ, 1, G + first * ldg, ldg, dv + row * lddv, lddv,
+                  true);
+          product(end - j, ldd, qn - first, ds + j * NQ + first, NQ, 1, Q + first * ldq, ldq, dk + row * ldd, ldd,
+                  true);
         }
         for (end = 0; want_q && next_rows(t, j, end, first);)
           product(D, NQ - first, end - j, K + j * ldk, 1, ldk, ds + j * NQ + first, NQ, dq + first, NQ, true);
@@ -340,10 +354,11 @@ static void backward_range(const Attention& a, int64_t b, Range h_range, Range q
     }
 
   for (int64_t i = 0; i < keys; i++) {
+    const int64_t to_dk = at(a.dk, b, kv, k_range.begin + i), to_dv = at(a.dv, b, kv, k_range.begin + i);
     for (int64_t d = 0; d < D; d += W)
-      write(a.dk, at(a.dk, b, kv, k_range.begin + i) + d * a.dk.stride[3], a.dk.stride[3], D - d, load(dk + i * ldd + d) * a.scale);
+      write(a.dk, to_dk + d * a.dk.stride[3], a.dk.stride[3], D - d, load(dk + i * ldd + d) * a.scale);
     for (int64_t d = 0; d < Dv; d += W)
-      write(a.dv, at(a.dv, b, kv, k_range.begin + i) + d * a.dv.stride[3], a.dv.stride[3], Dv - d, load(dv + i * lddv + d));
+      write(a.dv, to_dv + d * a.dv.stride[3], a.dv.stride[3], Dv - d, load(dv + i * lddv + d));
   }
 }
 
@@ -370,7 +385,8 @@ static void backward_keys(void* context, int64_t begin, int64_t end) {
   ScratchBlock block(backward_floats(a, KEYS));
   for (int64_t i = begin; i < end; i++) {
     const int64_t kv = i / blocks % Hkv, k0 = spread(i % blocks, blocks) * KEYS;
-    backward_range(a, i / blocks / Hkv, {kv * G, kv * G + G}, {0, a.q.size[2]}, {k0, least(a.k.size[2], k0 + KEYS)}, false, true, block.start());
+    const Range keys = {k0, least(a.k.size[2], k0 + KEYS)};
+    backward_range(a, i / blocks / Hkv, {kv * G, kv * G + G}, {0, a.q.size[2]}, keys, false, true, block.start());
   }
 }
 static void backward_queries(void* context, int64_t begin, int64_t end) {
@@ -379,6 +395,7 @@ static void backward_queries(void* context, int64_t begin, int64_t end) {
   ScratchBlock block(backward_floats(a, 0));
   for (int64_t i = begin; i < end; i++) {
     const int64_t h = i / tiles % H, q0 = spread(i % tiles, tiles) * QUERIES;
-    backward_range(a, i / tiles / H, {h, h + 1}, {q0, least(a.q.size[2], q0 + QUERIES)}, {0, a.k.size[2]}, true, false, block.start());
+    const Range queries = {q0, least(a.q.size[2], q0 + QUERIES)};
+    backward_range(a, i / tiles / H, {h, h + 1}, queries, {0, a.k.size[2]}, true, false, block.start());
   }
 }

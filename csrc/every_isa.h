@@ -6,8 +6,8 @@
 //     #include "every_isa.h"
 //     ... MINIMAL_BEST(function)(arguments)
 //
-// Every function in vec.h and in a kernel header is static, and no std:: template is used there: the linker keeps one copy
-// of an inline function, and if it kept the AVX-512 copy of std::max then the generic path would die of it.
+// Every function in vec.h and in a kernel header is static, and no std:: template is used there: the linker keeps one
+// copy of an inline function, and if it kept the AVX-512 copy of std::max then the generic path would die of it.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -58,7 +58,8 @@ class ScratchBlock {
 #define MINIMAL_VECTOR_BYTES 64
 #define MINIMAL_VECTOR_REGISTERS 32
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")

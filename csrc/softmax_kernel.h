@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Softmax over rows, forward and backward. The loops over a row follow each other while it is in cache: the maximum; exp
-// and the sum; the division. A contiguous row of float32 or bfloat16 is used where it lies; any other, or one with a mask,
-// is first made into one of float32 in scratch.
+// Softmax over rows, forward and backward. The loops over a row follow each other while it is in cache: the maximum;
+// exp and the sum; the division. A contiguous row of float32 or bfloat16 is used where it lies; any other, or one with
+// a mask, is first made into one of float32 in scratch.
 
 constexpr float INF = __builtin_inff();
 constexpr int CHAINS = 4;  // one chain of additions or comparisons would wait for each to end
@@ -57,9 +57,9 @@ INLINE vf largest_lane(vf v) {
   return v;
 }
 
-// y = softmax(factor * s) over n elements, for factor > 0; p is room for the row, and may be s or y. The factor goes on the
-// difference from the maximum, which is never above zero: factor * s - maximum, contracted into one instruction, could be,
-// and far, for huge s.
+// y = softmax(factor * s) over n elements, for factor > 0; p is room for the row, and may be s or y. The factor goes on
+// the difference from the maximum, which is never above zero: factor * s - maximum, contracted into one instruction,
+// could be, and far, for huge s.
 template <class E>
 static void softmax_row(const E* s, float factor, int64_t n, float* p, E* y) {
   const vf lowest = splat(-INF);
@@ -112,7 +112,8 @@ static void softmax_rows(void* context, int64_t begin, int64_t end) {
     } else {
       read_row(a.x, x, n, z);
       if (a.mask.data) read_row(a.mask, at(a.mask, i, j, k), n, mask);
-      for (int64_t c = 0; c < n; c += W) store(z + c, a.mask.data ? load(z + c) * a.scale + load(mask + c) : load(z + c) * a.scale);
+      for (int64_t c = 0; c < n; c += W)
+        store(z + c, a.mask.data ? load(z + c) * a.scale + load(mask + c) : load(z + c) * a.scale);
       softmax_row(z, 1, n, z, z);
       write_row(a.y, y, n, z);
     }
@@ -144,9 +145,11 @@ static void softmax_rows_backward(void* context, int64_t begin, int64_t end) {
     const int64_t i = row / rows / a.y.size[1], j = row / rows % a.y.size[1], k = row % rows;
     const int64_t dy = at(a.dy, i, j, k), y = at(a.y, i, j, k), dx = at(a.dx, i, j, k);
     if (plain(a.dy, Type::f32) && plain(a.y, Type::f32) && plain(a.dx, Type::f32)) {
-      softmax_row_backward(place<const float>(a.dy, dy), place<const float>(a.y, y), a.scale, columns, place<float>(a.dx, dx));
+      softmax_row_backward(place<const float>(a.dy, dy), place<const float>(a.y, y), a.scale, columns,
+                           place<float>(a.dx, dx));
     } else if (plain(a.dy, Type::bf16) && plain(a.y, Type::bf16) && plain(a.dx, Type::bf16)) {
-      softmax_row_backward(place<const Bf16>(a.dy, dy), place<const Bf16>(a.y, y), a.scale, columns, place<Bf16>(a.dx, dx));
+      softmax_row_backward(place<const Bf16>(a.dy, dy), place<const Bf16>(a.y, y), a.scale, columns,
+                           place<Bf16>(a.dx, dx));
     } else {
       read_row(a.dy, dy, columns, dy_room);
       read_row(a.y, y, columns, y_room);
