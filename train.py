@@ -13,11 +13,8 @@ state/, which holds the token files and the checkpoint that resumes the run exac
 
 from __future__ import annotations
 
-import argparse
 import array
-import contextlib
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -31,6 +28,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from minimal import data as corpus
 from minimal import fused
@@ -40,6 +38,7 @@ from minimal.generate import stream_text
 from minimal.gpt import GPT, GPTConfig
 from minimal.lora import add_lora, load_lora, merge_lora, save_lora
 from minimal.optim import SGD, AdamW, Muon, cosine_schedule, decay_groups, muon_groups
+from minimal.settings import flag, parse, setting
 from minimal.tokenizer import Tokenizer
 from minimal.vae import VAE, VAEConfig, grid
 
@@ -60,62 +59,62 @@ EVAL_TOKENS = 32_768  # scored at each evaluation: a second or two, and a standa
 IMAGE_SIZE = 32  # pixels a side that a folder's images are brought to
 
 
-def arg(default, wanted, help, fixed=False):
-    """wanted: a type, (type, least), (type, least, below) or a list of names. fixed: resuming cannot change it."""
-    return dataclasses.field(default=default, metadata=dict(wanted=wanted, help=help, fixed=fixed))
-
-
 @dataclasses.dataclass
 class Settings:
     """Every setting of a run. None: taken from RECIPES, or found by itself."""
 
-    model: str = arg("gpt", ["gpt", "vae"], "what to train", True)
-    size: str = arg("small", list(SIZES), "layers, heads and width; small learns in minutes on two cores", True)
-    data: str = arg(None, str, "file or folder: .txt .md .py .jsonl ..., or images for the VAE; or stdlib-code, "
-                    "stdlib-prose, digits. The default needs no download", True)  # fmt: skip
-    tokenizer: str = arg("bpe", str, "bpe, char, bytes, or PATH of a tokenizer.json; adapting keeps the base's", True)
-    vocab_size: int = arg(4096, (int, 257), "tokens that bpe learns; small, for the head's cost grows with it", True)
-    latent: int = arg(8, (int, 1), "VAE: latent dimensions; eight hold the digits' shapes", True)
-    reconstruction: str = arg("bce", ["bce", "mse"], "VAE: cross-entropy of pixels, or squared error", True)
-    beta: float = arg(1.0, (float, 0), "VAE: weight of the KL term; 1 makes the loss a bound on the likelihood", True)
+    model: str = setting("gpt", ["gpt", "vae"], "what to train")
+    size: str = setting("small", list(SIZES), "layers, heads and width; small learns in minutes on two cores")
+    data: str = setting(None, str, "file or folder: .txt .md .py .jsonl ..., or images for the VAE; or stdlib-code, "
+                    "stdlib-prose, digits. The default needs no download")  # fmt: skip
+    tokenizer: str = setting("bpe", str, "bpe, char, bytes, or PATH of a tokenizer.json; adapting keeps the base's")
+    vocab_size: int = setting(4096, (int, 257), "tokens that bpe learns; small, for the head's cost grows with it")
+    latent: int = setting(8, (int, 1), "VAE: latent dimensions; eight hold the digits' shapes")
+    reconstruction: str = setting("mse", ["mse", "bce"], "VAE: squared error, or cross-entropy, which blurs greys")
+    beta: float = setting(1.0, (float, 0), "VAE: weight of the KL term; 1 makes the loss a bound on the likelihood")
     # adaptation
-    base: str = arg(None, str, "model folder to adapt or to use; default: the newest pretrained one beside --out", True)
-    finetune: str = arg(None, ["full", "lora"], "adapt --base instead of training from scratch", True)
-    rank: int = arg(8, (int, 1), "LoRA: rank of the update; 8 serves most tasks", True)
-    alpha: float = arg(16.0, (float, 1e-9), "LoRA: the update counts alpha / rank; twice the rank is common", True)
-    lora_dropout: float = arg(0.0, (float, 0, 1), "LoRA: dropout before A; an adapter this small seldom overfits", True)
-    target: str = arg("all-linear", str, "LoRA: layers by name, suffix, comma list, regular expression, or all", True)
-    rslora: bool = arg(False, bool, "LoRA: scale by alpha / sqrt(rank), steadier at high ranks", True)
-    dora: bool = arg(False, bool, "LoRA: learn direction and magnitude apart (DoRA)", True)
+    base: str = setting(None, str, "model folder to adapt or to use; default: the newest pretrained one beside --out")
+    finetune: str = setting(None, ["full", "lora"], "adapt --base instead of training from scratch")
+    rank: int = setting(8, (int, 1), "LoRA: rank of the update; 8 serves most tasks")
+    alpha: float = setting(16.0, (float, 1e-9), "LoRA: the update counts alpha / rank; twice the rank is common")
+    lora_dropout: float = setting(0.0, (float, 0, 1), "LoRA: dropout before A; an adapter this small seldom overfits")
+    target: str = setting("all-linear", str, "LoRA: layers by name, suffix, comma list, regular expression, or all")
+    rslora: bool = setting(False, bool, "LoRA: scale by alpha / sqrt(rank), steadier at high ranks")
+    dora: bool = setting(False, bool, "LoRA: learn direction and magnitude apart (DoRA)")
     # optimisation
-    steps: int = arg(None, (int, 1), "optimiser steps; the recipes' fit a laptop user's patience")
-    batch_size: int = arg(None, (int, 1), "rows in a microbatch")
-    grad_accum: int = arg(1, (int, 1), "microbatches in a step; more when memory is short")
-    seq_len: int = arg(None, (int, 1), "tokens in a row; default 256, or the base's context", True)
-    optimizer: str = arg(None, ["muon", "adamw", "sgd"], "muon pretrains in fewer steps, adamw adapts", True)
-    lr: float = arg(None, (float, 0), "peak learning rate")
-    warmup: int = arg(None, (int, 0), "steps of linear warm-up; default a twentieth of --steps")
-    weight_decay: float = arg(0.1, (float, 0), "decay of matrices; norms, biases and embeddings have none")
-    dropout: float = arg(0.0, (float, 0, 1), "dropout of a new model; one epoch does not overfit", True)
-    clip: float = arg(1.0, (float, 0), "largest gradient norm; 0 does not clip")
-    patience: int = arg(0, (int, 0), "stop after so many evaluations without gain; 0 never does")
-    seed: int = arg(1337, (int, 0), "of initialisation, data order, dropout and samples", True)
+    steps: int = setting(None, (int, 1), "optimiser steps; the recipes' fit a laptop user's patience")
+    batch_size: int = setting(None, (int, 1), "rows in a microbatch")
+    grad_accum: int = setting(1, (int, 1), "microbatches in a step; more when memory is short")
+    seq_len: int = setting(None, (int, 1), "tokens in a row; default 256, or the base's context")
+    optimizer: str = setting(None, ["muon", "adamw", "sgd"], "muon pretrains in fewer steps, adamw adapts")
+    lr: float = setting(None, (float, 0), "peak learning rate")
+    warmup: int = setting(None, (int, 0), "steps of linear warm-up; default a twentieth of --steps")
+    weight_decay: float = setting(0.1, (float, 0), "decay of matrices; norms, biases and embeddings have none")
+    dropout: float = setting(0.0, (float, 0, 1), "dropout of a new model; one epoch does not overfit")
+    clip: float = setting(1.0, (float, 0), "largest gradient norm; 0 does not clip")
+    patience: int = setting(0, (int, 0), "stop after so many evaluations without gain; 0 never does")
+    seed: int = setting(1337, (int, 0), "of initialisation, data order, dropout and samples")
     # machine
-    device: str = arg(None, str, "cpu, cuda, mps; default: the best there is")
-    dtype: str = arg(None, ["float32", "bfloat16", "float16"], "of the products; default float32, on a GPU bfloat16")
-    compile: bool = arg(False, bool, "torch.compile the loss; its minute of compiling pays on long runs only")
-    threads: int = arg(None, (int, 1), "CPU threads; default PyTorch's choice")
+    device: str = setting(None, str, "cpu, cuda, mps; default: the best there is")
+    dtype: str = setting(None, ["float32", "bfloat16", "float16"], "of the products; default: float32, GPU bfloat16")
+    compile: bool = setting(False, bool, "torch.compile the loss; its minute of compiling pays on long runs only")
+    threads: int = setting(None, (int, 1), "CPU threads; default PyTorch's choice")
     # output
-    out: str = arg(None, str, "output folder; default out/MODEL or out/MODEL-METHOD", True)
-    overwrite: bool = arg(False, bool, "replace the run in --out")
-    save_every: int = arg(100, (int, 1), "steps between checkpoints")
-    eval_every: int = arg(100, (int, 1), "steps between evaluations")
-    sample_every: int = arg(200, (int, 1), "steps between samples")
-    log_every: int = arg(10, (int, 1), "steps between lines of metrics.jsonl")
-    prompt: str = arg(None, str, "what samples continue")
-    temperature: float = arg(0.8, (float, 0), "of samples; 0 is greedy")
-    top_p: float = arg(0.95, (float, 1e-9, 1.0000001), "of samples; the least likely tokens are seldom sensible")
-    new_tokens: int = arg(120, (int, 1), "length of a sample")
+    out: str = setting(None, str, "output folder; default out/MODEL or out/MODEL-METHOD")
+    overwrite: bool = setting(False, bool, "replace the run in --out")
+    save_every: int = setting(100, (int, 1), "steps between checkpoints")
+    eval_every: int = setting(100, (int, 1), "steps between evaluations")
+    sample_every: int = setting(200, (int, 1), "steps between samples")
+    log_every: int = setting(10, (int, 1), "steps between lines of metrics.jsonl")
+    prompt: str = setting(None, str, "what samples continue")
+    temperature: float = setting(0.8, (float, 0), "of samples; 0 is greedy")
+    top_p: float = setting(0.95, (float, 1e-9, 1.0000001), "of samples; the least likely tokens are seldom sensible")
+    new_tokens: int = setting(120, (int, 1), "length of a sample")
+
+
+# What may change when a run is resumed: all that shapes neither the model nor the order of its data.
+CHANGEABLE = set("steps batch_size grad_accum lr warmup weight_decay clip patience device dtype compile threads "
+                 "save_every eval_every sample_every log_every prompt temperature top_p new_tokens".split())
 
 
 ACTIONS = {  # instead of training; at most one
@@ -126,61 +125,6 @@ ACTIONS = {  # instead of training; at most one
     "--merge": dict(action="store_true", help="write --base, an adapter, and its base as one model into --out"),
     "--dry-run": dict(action="store_true", help="build all, time two steps, write nothing"),
 }
-
-
-def converter(wanted):
-    """An argparse type that says what was wanted, and the nearest name."""
-
-    def convert(text):
-        if isinstance(wanted, list):
-            if text in wanted:
-                return text
-            near = difflib.get_close_matches(text, wanted, 1, 0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is unknown; {hint}wanted one of {', '.join(wanted)}")
-        kind, least, below = (*wanted, math.inf)[:3]
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) < below:
-                return kind(text)
-        what = f"a {'whole ' * (kind is int)}number of at least {least:g}" + f", below {below:g}" * (below < math.inf)
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted {what}")
-
-    return convert
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"train.py: error: {message.replace('argument ', '')}; --help lists all\n")
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def parse(argv):
-    """-> (settings, names given on the command line, action or None, its value)"""
-    parser = Parser("train.py", description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    for field in dataclasses.fields(Settings):
-        wanted, default = field.metadata["wanted"], field.default
-        text = field.metadata["help"].replace("%", "%%") + ("" if default in (None, False) else f" [{default}]")
-        if wanted is bool:
-            parser.add_argument(flag(field.name), action="store_true", help=text)
-        else:
-            metavar = f"{{{','.join(wanted)}}}" if isinstance(wanted, list) else field.name.upper()
-            kind = str if wanted is str else converter(wanted)
-            parser.add_argument(flag(field.name), type=kind, help=text, metavar=metavar)
-    for name, how in ACTIONS.items():
-        parser.add_argument(name, **how)
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1, 0.5)
-        parser.error(f"{unknown[0]} is no flag" + (f"; did you mean {near[0]}?" if near else ""))
-    given = vars(namespace)
-    actions = [(name, given.pop(name[2:].replace("-", "_"))) for name in ACTIONS if name[2:].replace("-", "_") in given]
-    if len(actions) > 1:
-        parser.error(f"{actions[0][0]} and {actions[1][0]} exclude each other")
-    return Settings(**given), set(given), *(actions[0] if actions else (None, None))
 
 
 def complete(s):
@@ -713,7 +657,7 @@ def resume_run(name, changed, given):
     for field in dataclasses.fields(Settings):
         old, new = getattr(s, field.name), getattr(changed, field.name)
         if field.name in given and old != new:
-            if field.metadata["fixed"]:
+            if field.name not in CHANGEABLE:
                 raise ValueError(f"{flag(field.name)} {new}: the run in {out} has {old}, which resuming cannot change")
             print(f"{flag(field.name)}: {old} -> {new}")
             setattr(s, field.name, new)
@@ -802,21 +746,15 @@ def dry_run(s):
     for name, value in dataclasses.asdict(s).items():
         print(flag(name), value)
     with tempfile.TemporaryDirectory() as temporary:
-        model, data = set_up(s, Path(temporary))
-        optimizer = optimizer_of(s, model)
-        for index in range(2):  # the first pays for first uses
-            started = time.perf_counter()
-            loss_sum, n = loss_on(s, model.loss, data.batch(index))
-            (loss_sum / n).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            each = (time.perf_counter() - started) * s.grad_accum
-    whole = f"{s.steps} steps {each * s.steps:.0f} s; peak memory {peak_memory_mb(s):,.0f} MB"
-    print(f"a step takes {each:.2f} s, {whole}; nothing was written")
+        short = dataclasses.replace(s, out=f"{temporary}/run", steps=3, warmup=0, log_every=1, eval_every=9)
+        run(short)
+        last = (Path(short.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[1]  # the third evaluates
+    seconds = s.steps * s.batch_size * s.grad_accum * (short.seq_len or 1) / json.loads(last)["tokens_per_s"]
+    print(f"{s.steps} steps would take {seconds:.0f} s and {peak_memory_mb(s):,.0f} MB; nothing was written")
 
 
 def main(argv=None):
-    s, given, action, value = parse(argv)
+    s, given, (action, value) = parse(Settings, argv, ACTIONS, "train.py", __doc__)
     try:
         if action in ("--sample", "--chat"):
             return write_text(action, s, value)
@@ -825,7 +763,7 @@ def main(argv=None):
         if action == "--dry-run":
             return dry_run(complete(s))
         out = resume_run(value, s, given) if action == "--resume" else run(complete(s))
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, SafetensorError) as error:
         if os.environ.get("MINIMAL_TRACEBACK"):
             raise
         print("train.py: error: " + " ".join(str(error).split()), file=sys.stderr)

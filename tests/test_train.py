@@ -2,6 +2,7 @@
 """train.py from end to end, on files small enough for seconds: it learns, resumes bit for bit, and loses nothing."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -381,7 +382,7 @@ def test_a_step_with_nothing_to_learn_changes_nothing(monkeypatch):
 
 
 def test_gradients_are_clipped_after_unscaling(monkeypatch):
-    """With SGD of rate 1 and no momentum yet, the first step is as long as the clip allows, whatever the scaler does."""
+    """With SGD of rate 1 and no momentum yet, the first step is as long as the clip allows, at any scale."""
     starts = []
     fit = train.fit
 
@@ -412,7 +413,7 @@ def test_a_corpus_is_prepared_part_by_part(monkeypatch, tmp_path):
     """Many small parts give the same documents as one, each once, with its end token, and none on both sides."""
     rows = [f"document number {i} says {i * i}\n" for i in range(300)]
     pathlib.Path("many.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in [*rows, rows[0]]))
-    s = train.parse(["--tokenizer", "bytes", "--data", "many.jsonl"])[0]
+    s = train.Settings(tokenizer="bytes", data="many.jsonl")
     for size in (2**28, 500):
         monkeypatch.setattr(train, "PART", size)
         tokenizer = train.prepare_text(s, tmp_path, None)
@@ -563,7 +564,7 @@ train.main({[*TINY, "--data", "corpus", "--steps", "8", "--save-every", "2"]!r})
 def test_help_and_no_traceback_from_the_shell():
     done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
-    for field in train.dataclasses.fields(train.Settings):
+    for field in dataclasses.fields(train.Settings):
         assert train.flag(field.name) in done.stdout and field.metadata["help"], field.name
     done = subprocess.run([sys.executable, ROOT / "train.py", "--data", "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
