@@ -66,9 +66,9 @@ def _load() -> str | None:
 
 def _like(x: Tensor, *others: Tensor | None) -> Tensor:
     """A fake result: contiguous, shaped as x. The fake rule also answers where one argument alone is on `meta`."""
-    for other in others:
-        if other is not None and other.device != x.device:
-            raise RuntimeError(f"torch.ops.minimal: arguments on {x.device} and {other.device}; wanted one device")
+    devices = {str(t.device) for t in (x, *others) if t is not None}
+    if x is None or len(devices) > 1:  # None: an undefined tensor
+        raise RuntimeError(f"torch.ops.minimal: arguments on {', '.join(sorted(devices))}; wanted all on one device")
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -130,25 +130,38 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-# The autograd rules registered above serve torch.compile, torch.export and direct calls of the operators. In eager mode
-# they cost more than they need (a trip through Python inside the dispatcher), so there the same two functions of each
-# operator stand in an autograd.Function around it, which halves what a call costs before any arithmetic.
-def _eager(op, context, backward) -> type:
+# The registered rules serve torch.compile, torch.export and direct calls of the operators. In eager mode they cost more
+# than they need, a trip through Python inside the dispatcher even when no gradient is wanted. So there the call goes
+# past them, and the same two functions stand in an autograd.Function: about half the time before any arithmetic.
+def _eager(op, context, backward, leaves: int):
+    """`op` as eager mode calls it; its first `leaves` inputs may need gradients."""
+
+    def below(*inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
     def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():  # past the registered rule: this class is the rule
-            output = op(*inputs)
+        output = below(*inputs)
         context(ctx, inputs, output)
         return output
 
-    rules = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type("Eager", (torch.autograd.Function,), rules)
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    rule = type("Fused", (torch.autograd.Function,), methods)
+
+    def call(*inputs):
+        if torch.compiler.is_compiling():
+            return op(*inputs)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:leaves]):
+            return rule.apply(*inputs)
+        return below(*inputs)
+
+    return call
 
 
 _reason = _load()  # None: the operators are there
 if _reason is None:
-    _softmax_op, _attention_op = torch.ops.minimal.softmax.default, torch.ops.minimal.attention.default
-    _EagerSoftmax = _eager(_softmax_op, _softmax_context, _softmax_backward)
-    _EagerAttention = _eager(_attention_op, _attention_context, _attention_backward)
+    _softmax = _eager(torch.ops.minimal.softmax.default, _softmax_context, _softmax_backward, leaves=1)
+    _attention = _eager(torch.ops.minimal.attention.default, _attention_context, _attention_backward, leaves=3)
 
 
 # ------------------------------------------------------------------------------------------------ which path runs
@@ -234,10 +247,7 @@ def attention(
         return _plain_attention(q, k, v, causal, mask, scale)
     if torch.is_autocast_enabled("cpu"):
         q, k, v = (x.to(_compute_dtype(x)) for x in (q, k, v))
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        if not torch.compiler.is_compiling():
-            return _EagerAttention.apply(q, k, v, mask, scale, causal)[0]
-    return _attention_op(q, k, v, mask, scale, causal)[0]
+    return _attention(q, k, v, mask, scale, causal)[0]
 
 
 def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -260,11 +270,7 @@ def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False, mask: Tensor
         if mask is not None and mask.dim() > 3:
             mask = mask.expand(shape).flatten(0, -4)
         x = x.flatten(0, -4)
-    scale = float(scale)
-    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-        y = _EagerSoftmax.apply(x, mask, scale, causal)
-    else:
-        y = _softmax_op(x, mask, scale, causal)
+    y = _softmax(x, mask, float(scale), causal)
     return y.reshape(shape) if y.dim() != len(shape) else y
 
 
