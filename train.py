@@ -47,9 +47,9 @@ from minimal.vae import VAE, VAEConfig, grid
 SIZES = {"tiny": (2, 2, 64), "small": (4, 4, 192), "medium": (6, 6, 384), "gpt2": (12, 12, 768)}  # layers, heads, width
 SOURCES = {"stdlib-code": corpus.stdlib_source, "stdlib-prose": corpus.stdlib_prose}
 RECIPES = {  # what a setting left open becomes; each default run ends in about two minutes on two cores
-    ("gpt", None): dict(data="stdlib-code", steps=560, batch_size=16, lr=0.01, optimizer="muon", prompt="def "),
-    ("gpt", "lora"): dict(data="stdlib-prose", steps=200, batch_size=16, lr=5e-3, optimizer="adamw", prompt="Return "),
-    ("gpt", "full"): dict(data="stdlib-prose", steps=200, batch_size=16, lr=1e-3, optimizer="adamw", prompt="Return "),
+    ("gpt", None): dict(data="stdlib-code", steps=330, batch_size=8, lr=0.01, optimizer="muon", prompt="def "),
+    ("gpt", "lora"): dict(data="stdlib-prose", steps=200, batch_size=8, lr=5e-3, optimizer="adamw", prompt="Return "),
+    ("gpt", "full"): dict(data="stdlib-prose", steps=200, batch_size=8, lr=1e-3, optimizer="adamw", prompt="Return "),
     ("vae", None): dict(data="digits", steps=2000, batch_size=64, lr=2e-3, optimizer="adamw", prompt=""),
     ("vae", "lora"): dict(data="digits", steps=500, batch_size=64, lr=2e-3, optimizer="adamw", prompt=""),
     ("vae", "full"): dict(data="digits", steps=500, batch_size=64, lr=1e-3, optimizer="adamw", prompt=""),
@@ -159,6 +159,8 @@ def prepare_text(s, folder, tokenizer):
     if tokenizer is None and s.tokenizer in ("bpe", "char", "bytes"):
         tokenizer = Tokenizer.train((document.text for document in first[0]), s.vocab_size, kind=s.tokenizer)
     tokenizer = tokenizer or Tokenizer.load(s.tokenizer)
+    if tokenizer.eos_id is None:
+        raise ValueError(f"--tokenizer {s.tokenizer}: has no <|endoftext|>, which ends every document")
 
     def rows(documents):
         # Each document ends with the end token, which is trained like any other: so the model learns to stop.
