@@ -12,6 +12,7 @@ pip hides what a successful build prints unless it is called with -v, and offers
     MINIMAL_SANITIZE=address,undefined     build with these sanitizers (see tests/sanitize.sh)
 """
 
+import glob
 import os
 import shlex
 import shutil
@@ -37,7 +38,7 @@ def extension():
         return pure("MINIMAL_BUILD_EXTENSION=0")
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a shared library of torch that does not load
         return pure(f"torch cannot be imported at build time ({error}); try pip install --no-build-isolation")
 
     # No -march=native: the binary must run on other machines. The kernels choose their instruction set when called.
@@ -62,7 +63,7 @@ def extension():
     module = CppExtension(
         "minimal._C",
         SOURCES,
-        depends=["csrc/kernels.h"],
+        depends=sorted(glob.glob("csrc/*.h")),  # also what puts the headers into a source distribution
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("MINIMAL_FLAGS", f'"{shown}"')],  # torch 2.10
         extra_compile_args=flags,
         extra_link_args=link,

@@ -14,6 +14,7 @@ state/, which holds the token files and the checkpoint that resumes the run exac
 from __future__ import annotations
 
 import array
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -73,7 +74,7 @@ class Settings:
                     "stdlib-prose, digits. The default needs no download")  # fmt: skip
     tokenizer: str = setting("bpe", str, "bpe, char, bytes, or PATH of a tokenizer.json; adapting keeps the base's")
     vocab_size: int = setting(4096, (int, 257), "tokens that bpe learns; small, for the head's cost grows with it")
-    latent: int = setting(8, (int, 1), "VAE: latent dimensions; eight hold the digits' shapes")
+    latent: int = setting(8, (int, 1, 65537), "VAE: latent dimensions; eight hold the digits' shapes")
     reconstruction: str = setting("mse", ["mse", "bce"], "VAE: squared error, or cross-entropy, which blurs greys")
     beta: float = setting(1.0, (float, 0), "VAE: weight of the KL term; 1 makes the loss a bound on the likelihood")
     # adaptation
@@ -82,7 +83,7 @@ class Settings:
     rank: int = setting(8, (int, 1), "LoRA: rank of the update; 8 serves most tasks")
     alpha: float = setting(16.0, (float, 1e-9), "LoRA: the update counts alpha / rank; twice the rank is common")
     lora_dropout: float = setting(0.0, (float, 0, 1), "LoRA: dropout before A; an adapter this small seldom overfits")
-    target: str = setting("all-linear", str, "LoRA: layers by name, suffix, comma list, regular expression, or all")
+    target: str = setting("all-linear", str, "LoRA: layers by name, suffix, list, expression; or all-linear")
     rslora: bool = setting(False, bool, "LoRA: scale by alpha / sqrt(rank), steadier at high ranks")
     dora: bool = setting(False, bool, "LoRA: learn direction and magnitude apart (DoRA)")
     # optimisation
@@ -91,18 +92,18 @@ class Settings:
     grad_accum: int = setting(1, (int, 1), "microbatches in a step; more when memory is short")
     seq_len: int = setting(None, (int, 1), "tokens in a row; default 256, or the base's context")
     optimizer: str = setting(None, ["muon", "adamw", "sgd"], "muon pretrains in fewer steps, adamw adapts")
-    lr: float = setting(None, (float, 0), "peak learning rate")
+    lr: float = setting(None, (float, 0, 1e37), "peak learning rate")
     warmup: int = setting(None, (int, 0), "steps of linear warm-up; default a twentieth of --steps")
     weight_decay: float = setting(0.1, (float, 0), "decay of matrices; norms, biases and embeddings have none")
     dropout: float = setting(0.0, (float, 0, 1), "dropout of a new model; one epoch does not overfit")
     clip: float = setting(1.0, (float, 0), "largest gradient norm; 0 does not clip")
     patience: int = setting(0, (int, 0), "stop after so many evaluations without gain; 0 never does")
-    seed: int = setting(1337, (int, 0), "of initialisation, data order, dropout and samples")
+    seed: int = setting(1337, (int, 0, 2**31), "of initialisation, data order, dropout and samples")
     # machine
     device: str = setting(None, str, "cpu, cuda, mps; default: the best there is")
     dtype: str = setting(None, ["float32", "bfloat16", "float16"], "of the products; default: float32, GPU bfloat16")
     compile: bool = setting(False, bool, "torch.compile the loss; its minute of compiling pays on long runs only")
-    threads: int = setting(None, (int, 1), "CPU threads; default PyTorch's choice")
+    threads: int = setting(None, (int, 1, 1025), "CPU threads; default PyTorch's choice")
     # output
     out: str = setting(None, str, "output folder; default out/MODEL or out/MODEL-METHOD")
     overwrite: bool = setting(False, bool, "replace the run in --out")
@@ -117,7 +118,7 @@ class Settings:
 
 
 # What may change when a run is resumed: all that shapes neither the model nor the order of its data.
-CHANGEABLE = set("steps batch_size grad_accum lr warmup weight_decay clip patience device dtype compile threads "
+CHANGEABLE = set("steps lr warmup weight_decay clip patience device dtype compile threads "
                  "save_every eval_every sample_every log_every prompt temperature top_p new_tokens".split())
 
 
@@ -142,9 +143,13 @@ def complete(s):
         raise ValueError(f"--warmup {s.warmup}: wanted at most --steps, {s.steps}")
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:
-        torch.zeros(1, device=s.device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device {s.device}: not to be had with this PyTorch on this machine") from None
+        usable = torch.device(s.device).type in ("cpu", "cuda", "mps") and torch.zeros(1, device=s.device) is not None
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise ValueError(f"--device {s.device}: not to be had with this PyTorch here; wanted cpu, cuda or mps")
+    if s.data not in (*SOURCES, "digits") and not Path(s.data).exists():
+        raise ValueError(f"--data {s.data}: no such file or folder")
     half = s.device.startswith("cuda") and torch.cuda.is_bf16_supported()
     s.dtype = s.dtype or ("bfloat16" if half else "float32")
     if s.threads:
@@ -159,9 +164,11 @@ def prepare_text(s, folder, tokenizer):
     """Documents, cleaned, deduplicated, split, as token files in `folder`; returns the tokenizer, trained if new."""
     started, held_out = time.perf_counter(), []
     parts = prepared(SOURCES.get(s.data, lambda: corpus.read_documents(s.data))())
-    first = next(parts)
+    part = next(parts, None)
+    if part is None:
+        raise ValueError(f"--data {s.data}: nothing is left of it after cleaning")
     if tokenizer is None and s.tokenizer in ("bpe", "char", "bytes"):
-        tokenizer = Tokenizer.train((document.text for document in first[0]), s.vocab_size, kind=s.tokenizer)
+        tokenizer = Tokenizer.train((document.text for document in part[0]), s.vocab_size, kind=s.tokenizer)
     tokenizer = tokenizer or Tokenizer.load(s.tokenizer)
     if tokenizer.eos_id is None:
         raise ValueError(f"--tokenizer {s.tokenizer}: has no <|endoftext|>, which ends every document")
@@ -171,9 +178,11 @@ def prepare_text(s, folder, tokenizer):
         return (tokenizer.encode(document.text) + [tokenizer.eos_id] for document in documents)
 
     def train_rows():
-        for train, val in itertools.chain([first], parts):
-            held_out.extend(array.array("I", row) for row in rows(val))
-            yield from rows(train)
+        nonlocal part
+        while part:
+            held_out.extend(array.array("I", row) for row in rows(part[1]))
+            yield from rows(part[0])
+            part = next(parts, None)
 
     n_train = corpus.write_tokens(folder / "train.npy", train_rows(), tokenizer.vocab_size)
     n_val = corpus.write_tokens(folder / "val.npy", held_out, tokenizer.vocab_size)
@@ -210,7 +219,8 @@ class Text:
         try:
             self.train, self.val = (corpus.TokenBlocks(folder / n, s.seq_len, s.seed) for n in ("train.npy", "val.npy"))
         except ValueError as error:
-            raise ValueError(f"--data {s.data}: too short for --seq-len {s.seq_len}: {error}") from None
+            why = f"too short for --seq-len {s.seq_len}: " if "seq_len" in str(error) else ""
+            raise ValueError(f"--data {s.data}: {why}{error}") from None
         sizes = [len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)]
         sizes[tokenizer.eos_id] = 0  # it stands for no byte of the text
         self.bytes_of = torch.tensor(sizes)
@@ -294,6 +304,9 @@ def load_model(folder, what="--base"):
         named = Path(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "?")
         base = named if named.is_dir() else folder.parent / named.name  # the second: both were moved together
         model, tokenizer = load_model(base, f"the base of {folder},")
+        was = read_json(folder / "args.json").get("base_sha256") if (folder / "args.json").exists() else None
+        if was not in (None, identity_of(base)):
+            raise ValueError(f"{what} {folder}: its base {base} has changed since the adapter was trained")
         load_lora(model, folder)
         return model, tokenizer
     if not (folder / "config.json").exists():
@@ -305,6 +318,20 @@ def load_model(folder, what="--base"):
     if kind == "vae":
         return VAE.from_pretrained(folder), None
     raise ValueError(f"{what} {folder}: model_type {kind!r} is not supported; wanted gpt2 or vae")
+
+
+def identity_of(folder):
+    """SHA-256 of a model's weights: by it an adapter knows its base again."""
+    path = Path(folder) / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def adapt(s, model):
+    target = s.target.split(",") if "," in s.target and "{" not in s.target else s.target
+    try:
+        add_lora(model, s.rank, s.alpha, s.lora_dropout, target, rslora=s.rslora, dora=s.dora)
+    except ValueError as error:
+        raise ValueError(f"--rank {s.rank} --target {s.target}: {error}") from None
 
 
 def save_model(s, model, folder):
@@ -333,9 +360,12 @@ def write_json(path, value):
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no object")
+        return value
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+        raise ValueError(f"{path}: not readable as a JSON object ({error})") from None
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -395,107 +425,129 @@ def fit(s, model, data, folder, resume, record):
     scale = 2.0**16 / (s.batch_size * (s.seq_len or 1))
     scaler = torch.amp.GradScaler(s.device.split(":")[0], init_scale=scale, enabled=s.dtype == "float16")
     checkpoint, metrics = folder / "state" / "checkpoint.safetensors", folder / "metrics.jsonl"
+    fresh = checkpoint.with_name("checkpoint-next.safetensors")
     if resume:
         progress = load_checkpoint(checkpoint, model, optimizer, scaler)
-        lines = metrics.read_text(encoding="utf-8").splitlines(True) if metrics.exists() else []
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= progress["step"]]
-        write_beside(metrics, lambda beside: beside.write_text("".join(lines), encoding="utf-8"))
+        for name, size in progress["sizes"].items():  # what was written after the checkpoint will be written again
+            content = (folder / name).read_bytes()[:size] if size else b""
+            write_beside(folder / name, lambda beside, content=content: beside.write_bytes(content))
     else:
         progress = dict(step=0, elapsed=0.0, before=evaluate(s, model, data), best=None, best_step=0, without_gain=0)
         progress["before"]["sample"] = sample(s, model, data, folder, "before training")
         print("before: " + describe(progress["before"]))
     started = time.perf_counter() - progress["elapsed"]
 
-    def save(status="unfinished"):
-        progress["elapsed"] = time.perf_counter() - started
-        save_checkpoint(checkpoint, model, optimizer, progress, scaler)
-        record(status, progress)
+    def save():
+        """Writes the checkpoint beside its place: it takes it (keep) once the next loss has shown that it is sound."""
+        sizes = {p.name: p.stat().st_size if p.exists() else 0 for p in (metrics, folder / "samples.txt")}
+        progress.update(elapsed=time.perf_counter() - started, sizes=sizes)
+        save_checkpoint(fresh, model, optimizer, progress, scaler)
+        return dict(progress)
 
-    save()  # before the first step too: from now on the run can be killed at any moment and resumed
+    def keep(saved, status="unfinished"):
+        os.replace(fresh, checkpoint)
+        record(status, saved)
+
+    keep(save())  # before the first step too: from now on the run can be killed at any moment and resumed
+    saved, seen, busy, last, sound = None, 0, 0.0, False, True
+    model.train()
+    with noted_signals() as signals, tqdm(total=s.steps, initial=progress["step"], disable=None, unit="step") as bar:
+        while progress["step"] < s.steps and not last:
+            step, begun = progress["step"], time.perf_counter()
+            lr = s.lr * cosine_schedule(step, s.steps, s.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            total, terms = 0.0, 0
+            for index in range(step * s.grad_accum, (step + 1) * s.grad_accum):
+                loss_sum, n = loss_on(s, loss, data.batch(index))
+                scaler.scale(loss_sum).backward()
+                total, terms = total + float(loss_sum.detach()), terms + int(n)
+            if terms:  # with nothing to learn from, not even the decay is applied
+                scaler.unscale_(optimizer)
+                for p in parameters:
+                    if p.grad is not None:
+                        p.grad.div_(terms)  # once, by the terms of all microbatches: any split gives the same gradient
+                norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf)
+                # A float16 gradient may overflow: then the scaler skips the step and lowers its scale.
+                sound = math.isfinite(total) and (scaler.is_enabled() or bool(norm.isfinite()))
+                if not sound:
+                    break
+                if saved:
+                    saved = keep(saved)
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            progress["step"], last = step + 1, step + 1 == s.steps
+            seen, busy = seen + terms, busy + time.perf_counter() - begun
+
+            scores = {}
+            if last or (step + 1) % s.eval_every == 0:
+                scores = evaluate(s, model, data)
+                sound = math.isfinite(scores["val_loss"])
+                if not sound:
+                    break
+                gained = progress["best"] is None or scores["val_loss"] < progress["best"]["val_loss"]
+                progress["without_gain"] = 0 if gained else progress["without_gain"] + 1
+                if gained:
+                    progress["best"], progress["best_step"] = scores, step + 1
+                    save_model(s, model, folder)
+                if s.patience and progress["without_gain"] >= s.patience:
+                    last = True
+                    bar.write(f"stopped early at step {step + 1}: {s.patience} evaluations without gain")
+            if scores or (step + 1) % s.log_every == 0:
+                elapsed, rate, memory = time.perf_counter() - started, seen / busy, peak_memory_mb(s)
+                entry = dict(step=step + 1, loss=total / max(terms, 1), val_loss=scores.get("val_loss"), lr=lr,
+                             tokens_per_s=rate, elapsed_s=elapsed, peak_memory_mb=memory)  # fmt: skip
+                with open(metrics, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry) + "\n")
+                text = f"loss {entry['loss']:.3f}, lr {lr:.1e}, {rate:,.0f} {data.unit}/s, {memory:,.0f} MB"
+                bar.set_postfix_str(text)
+                if bar.disable and (scores or step < s.log_every):  # no terminal: a line now and then
+                    left = elapsed / (step + 1) * (s.steps - step - 1)
+                    print(f"step {step + 1}/{s.steps}: {text}, {left:.0f} s left", flush=True)
+                if scores:
+                    bar.write(f"step {step + 1}: {describe(scores)}")
+                seen, busy = 0, 0.0
+            if (step + 1) % s.sample_every == 0 and not last:
+                bar.write(f"--- step {step + 1}\n{sample(s, model, data, folder, f'step {step + 1}')}\n---")
+            bar.update()
+            if last or signals or (step + 1) % s.save_every == 0:
+                if signals and progress["best"] is None:
+                    save_model(s, model, folder)  # something to look at; the next evaluation replaces it
+                saved = save()
+            if last or signals:
+                keep(saved)
+                break
+    if not sound:
+        fresh.unlink(missing_ok=True)
+        raise FloatingPointError(
+            f"the loss or its gradient is not finite at step {step + 1}; the checkpoint in {folder} is from before: "
+            f"python train.py --resume {folder} --lr {s.lr / 4:g}"
+        )
+    if progress["step"] == s.steps or last:
+        record("finished", progress)
+    if signals:
+        print(f"stopped at step {progress['step']} and saved; to go on: python train.py --resume {folder}")
+        raise SystemExit(128 + signals[0])
+    return progress
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """Yields a list that SIGINT and SIGTERM are noted in, instead of ending the program; the second ends it."""
     signals = []
 
     def note(number, frame):
-        if signals:  # the second one does not wait for the end of the step
+        if signals:
             raise KeyboardInterrupt
         signals.append(number)
 
     handlers = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
-    bar = tqdm(total=s.steps, initial=progress["step"], disable=None, unit="step", dynamic_ncols=True)
-    status, tick, seen, last = "finished", time.perf_counter(), 0, False
-    model.train()
-    while progress["step"] < s.steps and not last:
-        step = progress["step"]
-        lr = s.lr * cosine_schedule(step, s.steps, s.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        total, terms = 0.0, 0
-        for index in range(step * s.grad_accum, (step + 1) * s.grad_accum):
-            loss_sum, n = loss_on(s, loss, data.batch(index))
-            scaler.scale(loss_sum).backward()
-            total, terms = total + float(loss_sum.detach()), terms + int(n)
-        if terms:  # with nothing to learn from, not even the decay is applied
-            scaler.unscale_(optimizer)
-            for p in parameters:
-                if p.grad is not None:
-                    p.grad.div_(terms)  # once, by the terms of all microbatches: any split gives the same gradient
-            norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf)
-            # A float16 gradient may overflow: then the scaler skips the step and lowers its scale.
-            if not math.isfinite(total) or not (scaler.is_enabled() or norm.isfinite()):
-                status = "diverged"
-                break
-            scaler.step(optimizer)
-            scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        progress["step"], seen = step + 1, seen + terms
-
-        scores, last = {}, step + 1 == s.steps
-        if last or (step + 1) % s.eval_every == 0:
-            scores = evaluate(s, model, data)
-            gained = progress["best"] is None or scores["val_loss"] < progress["best"]["val_loss"]
-            progress["without_gain"] = 0 if gained else progress["without_gain"] + 1
-            if gained:
-                progress["best"], progress["best_step"] = scores, step + 1
-                save_model(s, model, folder)
-            if s.patience and progress["without_gain"] >= s.patience:
-                last = True
-                bar.write(f"stopped early at step {step + 1}: {s.patience} evaluations without gain")
-        if scores or (step + 1) % s.log_every == 0:
-            now = time.perf_counter()
-            rate, memory = seen / (now - tick), peak_memory_mb(s)
-            entry = dict(step=step + 1, loss=total / max(terms, 1), val_loss=scores.get("val_loss"), lr=lr,
-                         tokens_per_s=rate, elapsed_s=now - started, peak_memory_mb=memory)  # fmt: skip
-            with open(metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-            text = f"loss {entry['loss']:.3f}, lr {lr:.1e}, {rate:,.0f} {data.unit}/s, {memory:,.0f} MB"
-            bar.set_postfix_str(text)
-            if bar.disable and (scores or step < s.log_every):  # no terminal: a line now and then
-                left = (now - started) / (step + 1) * (s.steps - step - 1)
-                print(f"step {step + 1}/{s.steps}: {text}, {left:.0f} s left", flush=True)
-            if scores:
-                bar.write(f"step {step + 1}: {describe(scores)}")
-            tick, seen = time.perf_counter(), 0
-        if (step + 1) % s.sample_every == 0 and not last:
-            bar.write(f"--- step {step + 1}\n{sample(s, model, data, folder, f'step {step + 1}')}\n---")
-        bar.update()
-        if last or signals or (step + 1) % s.save_every == 0:
-            if signals and progress["best"] is None:
-                save_model(s, model, folder)  # something to look at; the next evaluation replaces it
-            save("finished" if last else "unfinished")
-        if signals and not last:
-            status = "stopped"
-            break
-    bar.close()
-    for number, handler in handlers:
-        signal.signal(number, handler)
-    if status == "diverged":
-        raise FloatingPointError(
-            f"the loss ({total / terms:g}) or its gradient is not finite at step {progress['step'] + 1}; the "
-            f"checkpoint is from before: python train.py --resume {folder} --lr {s.lr / 4:g}"
-        )
-    if status == "stopped":
-        print(f"stopped at step {progress['step']} and saved; to go on: python train.py --resume {folder}")
-        raise SystemExit(128 + signals[0])
-    return progress
+    try:
+        yield signals
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
 
 
 def sample(s, model, data, folder, title):
@@ -535,42 +587,53 @@ RUN_FILES = ["args.json", "metrics.jsonl", "state", "config.json", "model.safete
 
 def newest(root, wanted):
     """The newest run under `root` whose args.json `wanted` accepts, or None."""
-    runs = [(path.stat().st_mtime, path.parent) for path in Path(root).glob("*/args.json") if wanted(read_json(path))]
+    runs = []
+    for path in Path(root).glob("*/args.json"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # another program's args.json is no run of ours
+            if wanted(read_json(path)):
+                runs.append((path.stat().st_mtime, path.parent))
     return max(runs)[1] if runs else None
+
+
+def pretrained(s, status):
+    """The newest pretrained model of the wanted kind beside --out, or None."""
+    wanted = (s.model, None, status)
+    return newest(
+        Path(s.out).parent, lambda of: (of["settings"]["model"], of["settings"]["finetune"], of["status"]) == wanted
+    )
 
 
 def check_free(s, out):
     """Refuses an output folder that holds something which the run would replace."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; wanted a folder")
-    # Without one of these it is empty, or what a run left that was killed before its first checkpoint.
-    there = [name for name in ("args.json", "model.safetensors", "adapter_model.safetensors") if (out / name).exists()]
-    if there and not s.overwrite:
-        unfinished = there[0] == "args.json" and read_json(out / "args.json").get("status") != "finished"
-        what = f"an unfinished run (--resume {out} goes on with it)" if unfinished else f"a result ({there[0]})"
+    there = [name for name in RUN_FILES if (out / name).exists()]
+    status = read_json(out / "args.json").get("status") if "args.json" in there else None
+    if there and not s.overwrite and status != "begun":  # begun: was killed before its first checkpoint
+        go_on = f"an unfinished run (--resume {out} goes on with it)"
+        what = go_on if status == "unfinished" else f"a result ({there[0]})"
         raise ValueError(f"--out {out}: holds {what}; wanted --overwrite to replace it, or another --out")
 
 
-def clear(out):
+def clear(out, but=()):
     """Removes a run's files, args.json first, and nothing else that may be in the folder."""
-    for path in (out / name for name in RUN_FILES):
+    for path in (out / name for name in RUN_FILES if name not in but):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def find_base(s):
     """The newest finished pretrained model beside --out; without one, pretrains it first, or finishes that."""
-    root = Path(s.out).parent
-
-    def pretrained(run, status):
-        return (run["settings"]["model"], run["settings"]["finetune"], run["status"]) == (s.model, None, status)
-
-    base = newest(root, lambda run: pretrained(run, "finished"))
+    root, base = Path(s.out).parent, pretrained(s, "finished")
     if base is None:
-        unfinished = newest(root, lambda run: pretrained(run, "unfinished"))
+        if s.finetune == "lora" and s.model == "gpt":  # what cannot be adapted is better known before than after
+            layers, heads, width = SIZES[s.size]
+            with torch.device("meta"):
+                adapt(s, GPT(GPTConfig(s.vocab_size, s.seq_len or 256, width, layers, heads)))
+        unfinished = pretrained(s, "unfinished")
         then = f"going on with {unfinished}" if unfinished else "pretraining one first"
         print(f"no finished pretrained model under {root}/: {then}")
-        same = "model size tokenizer vocab_size latent beta seed device dtype compile threads".split()
-        new = Settings(**{name: getattr(s, name) for name in same}, out=str(root / s.model))
+        same = "model size tokenizer vocab_size seq_len dropout latent reconstruction beta seed device dtype threads"
+        new = Settings(**{name: getattr(s, name) for name in same.split()}, out=str(root / s.model))
         base = resume_run(unfinished, new, ()) if unfinished else run(complete(new))
         print()
     print(f"base: {base}")
@@ -598,8 +661,7 @@ def set_up(s, folder, resume=False):
     torch.manual_seed(s.seed)
     model = model or new_model(s, data)
     if s.finetune == "lora":
-        target = s.target.split(",") if "," in s.target else s.target
-        add_lora(model, s.rank, s.alpha, s.lora_dropout, target, rslora=s.rslora, dora=s.dora)
+        adapt(s, model)
     model.to(s.device)
     every, trained = count(model)
     why = fused.why_not(*[torch.empty(1, 1, 1, 8, device=s.device, dtype=getattr(torch, s.dtype))] * 3)
@@ -617,27 +679,28 @@ def run(s, resume=False):
             s.base = s.base or find_base(s)
             if out.resolve() == Path(s.base).resolve():
                 raise ValueError(f"--out {out}: is --base too; wanted another folder")
-    weights = Path(s.base or "") / "model.safetensors"
-    identity = hashlib.sha256(weights.read_bytes()).hexdigest() if s.finetune and weights.exists() else None
+    identity = identity_of(s.base) if s.finetune else None
+
+    def record(status, progress, folder=out):
+        note = dict(status=status, **progress, base_sha256=identity, torch=torch.__version__)
+        write_json(folder / "args.json", dict(settings=dataclasses.asdict(s), **note))
+
     if resume:
         if read_json(out / "args.json").get("base_sha256") != identity:
-            raise ValueError(f"--resume {out}: {weights} is no longer what the run began with")
+            raise ValueError(f"--resume {out}: {s.base}/model.safetensors is no longer what the run began with")
         model, data = set_up(s, out, resume=True)
-    else:  # set up beside --out: what is there stays until that has worked
-        beside = out.with_name(out.name + ".tmp")
-        shutil.rmtree(beside, ignore_errors=True)
+    else:  # set up beside --out, in the nearest folder that exists: what is there stays until that has worked
+        place = next(parent for parent in out.absolute().parents if parent.is_dir())
+        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
         try:
             model, data = set_up(s, beside)
+            record("begun", {"step": 0}, beside)
             out.mkdir(parents=True, exist_ok=True)
             clear(out)
-            for path in beside.iterdir():
+            for path in sorted(beside.iterdir()):  # args.json first
                 os.replace(path, out / path.name)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-
-    def record(status, progress):
-        note = dict(status=status, **progress, base_sha256=identity, torch=torch.__version__)
-        write_json(out / "args.json", dict(settings=dataclasses.asdict(s), **note))
 
     progress = fit(s, model, data, out, resume, record)
     plot(out)
@@ -651,7 +714,7 @@ def run(s, resume=False):
 
 def resume_run(name, changed, given):
     """Goes on with a run; settings given anew replace the run's, save those that made its model and data."""
-    out = Path(name) if name else newest("out", lambda run: run["status"] != "finished")
+    out = Path(name) if name else newest("out", lambda run: run["status"] == "unfinished")
     if out is None or not (out / "args.json").exists():
         raise ValueError(f"--resume {out or ''}: " + ("holds no args.json" if out else "no unfinished run under out/"))
     saved = read_json(out / "args.json")
@@ -667,9 +730,9 @@ def resume_run(name, changed, given):
                 raise ValueError(f"{flag(field.name)} {new}: the run in {out} has {old}, which resuming cannot change")
             print(f"{flag(field.name)}: {old} -> {new}")
             setattr(s, field.name, new)
-    if status == "finished" and s.steps <= step:
-        raise ValueError(f"--resume {out}: finished at step {step}; wanted more --steps")
-    return run(complete(s), resume=True)
+    if s.steps <= step and status != "begun":
+        raise ValueError(f"--resume {out}: {status} at step {step}; wanted more than that of --steps, not {s.steps}")
+    return run(complete(s), resume=status != "begun")  # begun: killed before its first checkpoint
 
 
 # --- uses of a model --------------------------------------------------------------------------------------------------
@@ -686,7 +749,9 @@ def load_for(action, s):
         of_run = read_json(folder / "args.json")["settings"]
         s.finetune, s.data, s.seq_len = of_run["finetune"], s.data or of_run["data"], s.seq_len or of_run["seq_len"]
     if s.model == "gpt":
-        s.seq_len = min(s.seq_len or model.config.n_positions, model.config.n_positions)
+        s.seq_len = s.seq_len or model.config.n_positions
+        if s.seq_len > model.config.n_positions:
+            raise ValueError(f"--seq-len {s.seq_len}: the context of {folder} is {model.config.n_positions} tokens")
     return folder, model.to(complete(s).device).eval(), tokenizer
 
 
@@ -726,6 +791,9 @@ def score(action, s, given):
         if not (folder / "adapter_config.json").exists():
             raise ValueError(f"--merge: {folder} is no adapter; wanted --base to name the folder of a LoRA run")
         check_free(s, out)
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or folder
+        if out.resolve() in (folder.resolve(), Path(base).resolve()):
+            raise ValueError(f"--out {out}: is the adapter or its base; wanted another folder")
     with tempfile.TemporaryDirectory() as temporary:
         own = folder / "state"
         if tokenizer and ("data" in given or not (own / "val.npy").exists()):
@@ -737,16 +805,16 @@ def score(action, s, given):
             change = merge_lora(model)
             print(f"merged: {describe(evaluate(s, model, data))}; no weight changed by more than {change:.3g}")
             out.mkdir(parents=True, exist_ok=True)
-            clear(out)
             model.save_pretrained(out)
             if tokenizer:
                 tokenizer.save(out)
+            clear(out, but=("model.safetensors", "config.json", "tokenizer.json"))
             print(f"next: python train.py --base {out} {'--chat' if tokenizer else '--eval'}")
 
 
 def dry_run(s):
     if s.finetune and not s.base:
-        s.base = newest(Path(s.out).parent, lambda run: run["settings"]["finetune"] is None)
+        s.base = pretrained(s, "finished")
         if s.base is None:
             raise ValueError(f"--finetune {s.finetune}: nothing pretrained under {Path(s.out).parent}/; wanted --base")
     for name, value in dataclasses.asdict(s).items():
@@ -773,6 +841,11 @@ def main(argv=None):
         if os.environ.get("MINIMAL_TRACEBACK"):
             raise
         print("train.py: error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        if "alloc" not in str(error) and "out of memory" not in str(error):
+            raise
+        print(f"train.py: error: not enough memory; wanted a smaller model or --batch-size: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted; a run that had begun goes on with --resume", file=sys.stderr)

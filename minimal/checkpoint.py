@@ -89,7 +89,8 @@ def save_checkpoint(path, model: nn.Module, optimizer: torch.optim.Optimizer, pr
 def load_checkpoint(path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler=None) -> dict:
     """Puts a checkpoint back into the model, the optimiser, the random generators and the scaler; returns `progress`.
 
-    Everything is checked before anything is changed.
+    The file and the model's names and shapes are checked before anything is changed. Of CUDA's generators, that of the
+    current device is kept.
 
     Raises: ValueError, in one line naming the file, when it is not a whole checkpoint (truncated, a pickle, another
         kind of file) or does not fit the model (the first tensor that is missing, extra or of another shape).
@@ -100,6 +101,7 @@ def load_checkpoint(path, model: nn.Module, optimizer: torch.optim.Optimizer, sc
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             header = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
         progress, numbers, scaling = header["progress"], header["numbers"], header["scaler"]
+        random = tensors["random.cpu"]
     except (OSError, safetensors.SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from None
 
@@ -124,7 +126,7 @@ def load_checkpoint(path, model: nn.Module, optimizer: torch.optim.Optimizer, sc
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     if scaler is not None and scaling:
         scaler.load_state_dict(scaling)
-    torch.set_rng_state(tensors["random.cpu"])
+    torch.set_rng_state(random)
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
     return progress

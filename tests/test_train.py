@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """train.py from end to end, on files small enough for seconds: it learns, resumes bit for bit, and loses nothing."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -49,7 +48,7 @@ def lora(*flags, out="out/gpt-lora", data="other.txt", steps=8):
     return pathlib.Path(out)
 
 
-def fails(argv, capsys, *words, code=2):
+def fails(argv, capsys, *words, code=2, changes=False):
     """Runs train.py, which must end with one line on stderr that has the words in it, and change no file."""
     before = snapshot()
     capsys.readouterr()
@@ -60,7 +59,7 @@ def fails(argv, capsys, *words, code=2):
     assert "\n" not in err and "Traceback" not in err and err.startswith("train.py: error: "), err
     for word in words:
         assert word in err, f"{word!r} is not in: {err}"
-    assert snapshot() == before, "a refused command has changed a file"
+    assert changes or snapshot() == before, "a refused command has changed a file"
     return err
 
 
@@ -278,7 +277,7 @@ def test_kill_at_any_moment(tmp_path):
     """kill -9, again and again; the run that comes through equals the one that was never killed."""
     whole = exact(pretrain("--save-every", "1", out="out/whole", steps=30))
     first = [*TINY, "--data", "corpus", "--out", "out/parts", "--steps", "30", "--save-every", "1"]
-    killed, wait = 0, 0.0
+    killed, wait, steps = 0, 0.0, [0]  # steps: those that the checkpoint had after each kill
     for attempt in range(12):
         started = os.path.exists("out/parts/args.json")
         command = ["--resume", "out/parts"] if started else first
@@ -287,16 +286,20 @@ def test_kill_at_any_moment(tmp_path):
         if attempt >= 4:
             assert process.wait(timeout=120) == 0, process.stdout.read()
             break
-        for line in process.stdout:  # let it begin, then strike at a moment that differs each time
-            if line.startswith(("model:", "step")):
+        heard = 0
+        for line in process.stdout:  # let it come a little further each time, then strike
+            heard += line.startswith(("model:", "step"))
+            if heard > attempt:
                 break
         time.sleep(wait)
-        wait += 0.07
+        wait += 0.01
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
-        if os.path.exists("out/parts/args.json") and train.read_json("out/parts/args.json")["status"] == "finished":
-            break
-    assert killed >= 1
+        if os.path.exists("out/parts/args.json"):
+            steps.append(train.read_json("out/parts/args.json")["step"])
+            if train.read_json("out/parts/args.json")["status"] == "finished":
+                break
+    assert killed >= 2 and steps[-1] > 0, f"no kill fell between two steps: {steps}"
     assert same(exact(pathlib.Path("out/parts")), whole)
 
 
@@ -311,6 +314,7 @@ def test_resuming_with_other_settings(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "--lr: 0.01 -> 0.002" in said and "--steps: 8 -> 9" in said
     fails(["--resume", "out/gpt"], capsys, "finished at step 9")
+    fails(["--resume", "out/gpt", "--batch-size", "2"], capsys, "--batch-size 2", "resuming cannot change")
     train.main(["--resume", "out/gpt", "--steps", "10"])
     assert lines(pathlib.Path("out/gpt"))[-1]["step"] == 10
 
@@ -434,6 +438,21 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(capsys):
     assert "--resume out/gpt" in said and step > 1
     state = load_file("out/gpt/state/checkpoint.safetensors")
     assert all(t.isfinite().all() for name, t in state.items() if t.is_floating_point() and name.startswith("model."))
+    assert train.read_json("out/gpt/args.json")["status"] == "unfinished"
+
+
+def test_after_divergence_the_printed_advice_works(capsys):
+    """The weights that gave the first loss that is not finite were written too: but never as the checkpoint."""
+    with pytest.raises(SystemExit) as stop:
+        pretrain("--lr", "1e36", "--optimizer", "sgd", "--clip", "0", "--warmup", "0", "--save-every", "1", steps=3)
+    assert stop.value.code == 2 and "not finite at step" in capsys.readouterr().err
+    train.main(["--resume", "out/gpt", "--lr", "0.01"])
+    assert all(0 < r["loss"] < 10 for r in lines(pathlib.Path("out/gpt")))
+    # a validation loss that is not finite ends the run as well, and is not the best of anything
+    argv = [*TINY, "--data", "corpus", "--out", "out/b", "--steps", "1", "--lr", "1e36", "--optimizer", "sgd"]
+    fails([*argv, "--clip", "0", "--warmup", "0"], capsys, "not finite at step 1", changes=True)
+    assert not os.path.exists("out/b/model.safetensors")
+    assert train.read_json("out/b/args.json")["status"] == "unfinished"
 
 
 # --- what bad input gets ----------------------------------------------------------------------------------------------
@@ -448,6 +467,12 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(capsys):
     (["--lr", "nan"], ["--lr", "'nan'"]),
     (["--dropout", "1.0"], ["--dropout", "below 1"]),
     (["--rank"], ["--rank"]),
+    (["--seed", "99999999999"], ["--seed"]),
+    (["--device", "meta"], ["--device", "meta"]),
+    (["--data", "nothing.txt"], ["nothing.txt", "after cleaning"]),
+    (["--data", "missing.txt", "--finetune", "lora"], ["missing.txt"]),
+    (["--finetune", "lora", "--rank", "65"], ["--rank", "65"]),
+    (["--finetune", "lora", "--target", "c_atn"], ["--target", "c_atn"]),
     (["--device", "warp"], ["--device", "warp"]),
     (["--warmup", "9", "--steps", "8"], ["--warmup", "9", "8"]),
     (["--chat", "--eval"], ["--chat", "--eval"]),
@@ -469,6 +494,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(capsys):
 ], ids=lambda value: " ".join(value) if value[0].startswith("--") and len(value) < 9 else "")  # fmt: skip
 def test_bad_input(argv, words, capsys):
     pathlib.Path("empty.txt").touch()
+    pathlib.Path("nothing.txt").write_bytes(bytes(1000))
     pathlib.Path("short.txt").write_text("short\nfile\n")
     pathlib.Path("latin.txt").write_bytes("naïve".encode("latin-1") * 100)
     pathlib.Path("bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
@@ -482,6 +508,14 @@ def test_a_result_is_not_replaced_unasked(capsys):
     # with --overwrite, but bad data: what was there is still there
     fails([*TINY, "--data", "missing", "--overwrite"], capsys, "missing")
     fails([*TINY, "--data", "corpus", "--overwrite", "--finetune", "full", "--out", str(out)], capsys, "--base")
+    pathlib.Path("mine/state").mkdir(parents=True)
+    pathlib.Path("mine/state/thesis.txt").write_text("mine")
+    fails([*TINY, "--data", "corpus", "--out", "mine"], capsys, "--out mine", "--overwrite")
+    pathlib.Path("out/other").mkdir()
+    for content in ("{}", "[]", "nonsense"):  # another program's file is no run of ours, and no reason to fail
+        pathlib.Path("out/other/args.json").write_text(content)
+        assert train.newest("out", lambda run: run["status"] == "finished") == out
+        fails(["--resume", "out/other"], capsys, "out/other/args.json")
     (out / "notes.txt").write_text("mine")
     pretrain("--overwrite", steps=2)
     assert (out / "notes.txt").read_text() == "mine" and lines(out)[-1]["step"] == 2
@@ -498,6 +532,11 @@ def test_adapting_what_does_not_fit(capsys):
     adapter = lora(steps=1)
     fails([*base, "--base", str(adapter), "--out", "out/x"], capsys, "is an adapter", "--merge")
     fails(["--merge", "--base", "out/gpt"], capsys, "is no adapter")
+    for target in ("out/gpt", str(adapter)):
+        fails(["--merge", "--base", str(adapter), "--out", target, "--overwrite"], capsys, f"--out {target}")
+    fails(["--eval", "--base", str(adapter), "--seq-len", "99"], capsys, "--seq-len 99", "32")
+    pretrain("--overwrite", "--lr", "0.02", steps=1)
+    fails(["--sample", "x", "--base", str(adapter)], capsys, str(adapter), "has changed")
 
 
 def damaged(change):
@@ -554,7 +593,7 @@ train.save_checkpoint = later
 train.main({[*TINY, "--data", "corpus", "--steps", "8", "--save-every", "2"]!r})
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "checkpoint.safetensors" in done.stderr.splitlines()[-1], done.stderr
+    assert done.returncode == 2 and "state/checkpoint" in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr
     assert not [p for p in pathlib.Path("out").rglob("*.tmp")]
     train.main(["--resume", "out/gpt"])  # the checkpoint of step 2 is whole
@@ -572,16 +611,56 @@ def test_help_and_no_traceback_from_the_shell():
 
 def test_the_fused_path_and_the_plain_one_train_alike():
     """MINIMAL_FUSED=0 in a process of its own gives the same losses, up to rounding."""
-    losses = []
+    losses, said = [], []
     for value in ("1", "0"):
         env = os.environ | {"MINIMAL_FUSED": value}
         flags = [*TINY, "--data", "corpus", "--steps", "4", "--out", f"out/{value}"]
         command = [sys.executable, ROOT / "train.py", *flags]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
         losses.append(torch.tensor([r["loss"] for r in lines(pathlib.Path(f"out/{value}"))]))
     torch.testing.assert_close(losses[0], losses[1], atol=1e-3, rtol=0)
-    with contextlib.suppress(ImportError):
-        from minimal import fused
+    from minimal import fused
 
-        assert ("attention: fused" in done.stdout) is False or not fused.available()
+    assert ("attention: fused" in said[0]) == fused.available()
+    assert "plain PyTorch" in said[1] and "MINIMAL_FUSED=0" in said[1]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--tokenizer", "char", "--vocab-size", "400", "--seed", "7", "--prompt", "Per", "--top-p", "0.5"],
+    ["--compile"],
+    ["--grad-accum", "2", "--warmup", "0", "--dropout", "0.2", "--clip", "0"],
+], ids=["char", "compile", "accumulate"])  # fmt: skip
+def test_other_flags(flags, monkeypatch):
+    compile = torch.compile  # without code generation, which takes a minute
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend="aot_eager"))
+    out = pretrain(*flags, steps=4)
+    if flags[0] == "--tokenizer":
+        second = pretrain("--tokenizer", str(out / "tokenizer.json"), out="out/second", steps=1)
+        assert (second / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
+    adapter = lora("--rslora", "--alpha", "4", "--target", "c_attn,c_fc", steps=2)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["use_rslora"] and config["lora_alpha"] == 4 and len(config["target_modules"]) == 4
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again():
+    """`begun`: the files are there, and no checkpoint yet. Neither --overwrite nor anything else is asked for."""
+    out = pretrain(steps=2)
+    report = train.read_json(out / "args.json")
+    (out / "state" / "checkpoint.safetensors").unlink()
+    train.write_json(out / "args.json", report | {"status": "begun", "step": 0})
+    train.main(["--resume", "out/gpt"])
+    assert train.read_json(out / "args.json")["status"] == "finished"
+    train.write_json(out / "args.json", report | {"status": "begun", "step": 0})
+    pretrain(steps=2)
+
+
+def test_a_kill_between_the_last_checkpoint_and_its_note():
+    """The checkpoint is of the last step, args.json of an earlier one: resuming finishes the run."""
+    out = pretrain()
+    report = train.read_json(out / "args.json")
+    train.write_json(out / "args.json", report | {"status": "unfinished", "step": 4})
+    before = exact(out)
+    train.main(["--resume"])
+    assert train.read_json(out / "args.json")["status"] == "finished" and same(exact(out), before)
