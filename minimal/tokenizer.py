@@ -69,6 +69,7 @@ BYTE_TOKENS = {"bpe": byte_alphabet(), "bytes": byte_alphabet(), "char": [f"<0x{
 
 
 def check_text(text, name):
+    """TypeError unless `text` is a str; ValueError naming the place of a lone surrogate, which UTF-8 cannot hold."""
     if not isinstance(text, str):
         raise TypeError(f"{name} must be str, got {type(text).__name__}")
     try:
