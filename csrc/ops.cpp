@@ -14,7 +14,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/version.h>
 
+// The pybind11 that torch 2.10 bundles refuses files of the stable ABI, for its casters of tensors; none are used here.
+#pragma push_macro("TORCH_TARGET_VERSION")
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
 
 #include <array>
 #include <atomic>
