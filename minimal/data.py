@@ -113,8 +113,7 @@ def stdlib_source() -> Iterator[Document]:
 def stdlib_prose() -> Iterator[Document]:
     """English of the same installation, 2 MB: the language reference (pydoc's topics) and the docstrings of each file.
 
-    A file's docstrings have its source as their key, so `split` puts both on one side: what is validated here has not
-    been trained on through `stdlib_source`."""
+    The key of a file's docstrings is its source: what `split` validates here was not trained on as `stdlib_source`."""
     topics = {}
     with contextlib.suppress(ImportError):  # some distributions package it apart
         from pydoc_data.topics import topics
@@ -176,8 +175,7 @@ def deduplicate(documents: Iterable[Document], threshold: float = 0.8) -> list[D
     kept, sets = [], []
     buckets: dict[tuple, list[int]] = {}  # (start of the band, its r minima) -> indices into kept
     for document in {d.text: d for d in documents}.values():  # equal texts first: that is cheap
-        grams = shingles(document.text)
-        minima = minhash(grams).tolist()
+        minima = minhash(grams := shingles(document.text)).tolist()
         bands = [(i, *minima[i : i + r]) for i in range(0, len(minima) + 1 - r, r)]
         if any(jaccard(grams, sets[i]) >= threshold for i in {i for band in bands for i in buckets.get(band, ())}):
             continue
@@ -191,26 +189,29 @@ def deduplicate(documents: Iterable[Document], threshold: float = 0.8) -> list[D
 def split(documents: Iterable[Document], validation: float = 0.05) -> tuple[list[Document], list[Document]]:
     """(train, val): a document is in val iff SHA-256 of its key, as a fraction of 2^256, lies below `validation`.
 
-    So none moves when others come or go, and equal keys never straddle. The one exception: the lowest hash is always in
-    val and the highest in train, that neither be empty. If all keys are equal (a single document), each text is cut at
-    1 - validation of its length, or at the start of that line if it is nearer than half the validation part."""
+    So none moves when others come or go, and equal keys never straddle; but the lowest hash is in val, the highest in
+    train. Exception: all keys equal, or val with over a fifth of all characters (and twice its share), as few documents
+    may give. Then texts are cut, each at 1 - validation of its length, or at the start of that line if nearer than half
+    of val's part; those with < 100 characters for val stay in train. If all are so short, keys that differ decide."""
     documents = list(documents)
     if not documents or not 0 < validation < 1:
         raise ValueError(f"wanted documents and 0 < validation < 1, got {len(documents)} and validation = {validation}")
     hashes = [int(hashlib.sha256((d.key or d.text).encode("utf-8", "replace")).hexdigest(), 16) for d in documents]
-    train, val = [], []
-    if min(hashes) < max(hashes):
-        bound = min(max(int(validation * 2**256), min(hashes) + 1), max(hashes))
-        for document, value in zip(documents, hashes, strict=True):
-            (val if value < bound else train).append(document)
+    bound = min(max(int(validation * 2**256), min(hashes) + 1), max(hashes))
+    train, val = ([d for d, h in zip(documents, hashes, strict=True) if (h < bound) == s] for s in (False, True))
+    held, longest = sum(len(d.text) for d in val), max(len(d.text) for d in documents)
+    limit = max(0.2, 2 * validation) * sum(len(d.text) for d in documents)
+    if min(hashes) < max(hashes) and (held <= limit or longest * validation < 100):
         return train, val
-    for document in documents:
-        text, length = document.text, len(document.text)
-        at = min(max(round(length * (1 - validation)), 1), length - 1)
+    train, val = [], []
+    for text, key in documents:
+        part = len(text) * validation
+        at = min(max(round(len(text) - part), 1), len(text) - 1)
         line = text.rfind("\n", 0, at) + 1
-        at = line if line and at - line < length * validation / 2 else at
-        train.append(document._replace(text=text[:at]))
-        val.append(document._replace(text=text[at:]))
+        at = line if line and at - line < part / 2 else at
+        whole = part < 100 and len(text) < longest
+        train.append(Document(text if whole else text[:at], key))
+        val += [] if whole else [Document(text[at:], key)]
     return train, val
 
 

@@ -178,6 +178,8 @@ def test_prose_validation_was_not_trained_on_as_source(source, prose):
     (train, _), (_, prose_val) = split(source), split(prose)
     trained = {d.text for d in train}
     assert prose_val and not any(d.key in trained for d in prose_val)
+    for documents in (source, prose):  # enough of them: none is cut, whatever the share
+        assert all(Counter(documents) == Counter(sum(split(documents, share), [])) for share in (0.01, 0.05, 0.2))
     # the same through the pipeline: cleaning and deduplication change the texts, not the keys
     tidy = [d._replace(text=clean(d.text)) for d in prose]
     assert {d.key for d in split(tidy)[1]} == {d.key for d in prose_val}
@@ -396,10 +398,61 @@ keyed = collections.filter(lambda ds: len({(d.key or d.text).encode("utf-8", "re
 @example([Document("a"), Document("b")], 1e-9)
 @example([Document("a"), Document("b")], 1 - 1e-9)
 def test_split_is_a_partition_by_key(documents, share):
+    """Of short texts whatever the shares come to: to cut those would be no use."""
     train, val = split(documents, share)
     assert train and val and Counter(train) + Counter(val) == Counter(documents)
     assert not {d.key or d.text for d in train} & {d.key or d.text for d in val}
     assert [d for d in documents if d in set(train)] == train  # the order stays
+
+
+def by_hash_alone(documents, validation):
+    """The rule without its exception for few documents."""
+    values = {d: int(hashlib.sha256((d.key or d.text).encode()).hexdigest(), 16) / 2**256 for d in documents}
+    low, high = min(values.values()), max(values.values())
+    val = [d for d in documents if (values[d] < validation or values[d] == low) and values[d] != high]
+    return [d for d in documents if d not in val], val
+
+
+def characters(documents):
+    return sum(len(d.text) for d in documents)
+
+
+def check_few(split, documents, share=0.05):
+    train, val = split(documents, share)
+    assert characters(train) + characters(val) == characters(documents)
+    assert 0.5 * share < characters(val) / characters(documents) < 2 * share
+
+
+def test_few_documents_do_not_leave_most_of_the_corpus_to_validation():
+    """Files of 1, 5 and 42 KB: if the lowest hash is that of the largest, it alone is all of validation."""
+    texts = [f"{c} is a line\n" * (size // 12) for c, size in zip("abc", (1000, 5000, 42_000), strict=True)]
+    hashed = sorted("123", key=lambda key: hashlib.sha256(key.encode()).digest())
+    documents = [Document(text, key) for text, key in zip(texts, reversed(hashed), strict=True)]
+    check_few(split, documents)
+    with pytest.raises(AssertionError):
+        check_few(by_hash_alone, documents)
+    train, val = split(documents)
+    assert train[0] == documents[0] and [d.key for d in train] == [d.key for d in documents]  # 1 KB: too short to cut
+    assert [d.key for d in val] == [d.key for d in documents[1:]]
+    for head, tail, whole in zip(train[1:], val, documents[1:], strict=True):
+        assert head.text + tail.text == whole.text and tail.text.startswith(whole.text[:12])  # a whole line
+
+
+@given(st.lists(st.integers(0, 9000), min_size=1, max_size=12), st.sampled_from([0.01, 0.05, 0.3, 0.9]))
+def test_documents_are_whole_by_hash_or_cut_and_never_too_many(lengths, share):
+    documents = [Document(chr(97 + i) * n, f"key {i}") for i, n in enumerate(lengths)]
+    by_hash, longest = by_hash_alone(documents, share), max(lengths)
+    train, val = split(documents, share)
+    large = characters(by_hash[1]) > max(0.2, 2 * share) * characters(documents)
+    if len(documents) > 1 and not (large and longest * share >= 100):
+        assert (train, val) == by_hash
+        return
+    cut = [d for d in documents if len(d.text) * share >= 100 or len(d.text) == longest]
+    assert [d.key for d in train] == [d.key for d in documents] and [d.key for d in val] == [d.key for d in cut]
+    tails = {d.key: d.text for d in val}
+    assert [h.text + tails.get(h.key, "") for h in train] == [d.text for d in documents]
+    for d in cut:
+        assert abs(len(tails[d.key]) - share * len(d.text)) <= 1
 
 
 def by_shuffle(documents, validation):
