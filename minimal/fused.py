@@ -31,6 +31,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 
 MAX_HEAD_SIZE = 256
@@ -211,6 +212,8 @@ def why_not(
         return f"dropout={dropout}: the fused path has none"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is on: the fused path has the backward mode only"
+    if _functorch.maybe_current_level() is not None:
+        return "inside a transform of torch.func (grad, vmap, ...): the fused path has no rules for them"
     dtype = None
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is None:
@@ -262,6 +265,7 @@ def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False, mask: Tensor
         or x.dim() == 0
         or _unfit("x", x) is not None
         or forward_ad._current_level >= 0
+        or _functorch.maybe_current_level() is not None
         or (mask is not None and _unfit_mask(mask, x.dtype) is not None)
     ):
         return _plain_softmax(x, causal, mask, scale)

@@ -386,24 +386,36 @@ def test_mask_that_needs_a_gradient_gets_it():
         assert fused.why_not(q, k, v, mask=mask) is None
 
 
-def test_function_transforms_are_right_or_refuse():
+def test_function_transforms_run_in_plain_pytorch():
+    """grad, jacrev, hessian, jvp, vmap and vmap of grad give the numbers of the definition, and none refuses."""
     q, k, v, _, scale, _, _ = simple(3, 5, Hkv=4)
-    f = lambda q: fused.attention(q, k, v, causal=True)  # noqa: E731
-    wanted = naive(q, k, v, None, scale, True)
-    qs = torch.stack([q, 2 * q])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "no batching rule": it loops
-        torch.testing.assert_close(torch.vmap(f)(qs), torch.stack([f(q), f(2 * q)]))
-    tangent = torch.randn_like(q)
-    out, moved = torch.func.jvp(f, (q,), (tangent,))  # forward mode: plain PyTorch takes over
-    wanted, exact = torch.func.jvp(lambda q: naive(q, k, v, None, scale, True), (q,), (tangent,))
-    torch.testing.assert_close((out, moved), (wanted, exact), rtol=1e-4, atol=1e-5)
-    exact = torch.func.grad(lambda q: naive(q, k, v, None, scale, True).pow(2).sum())(q)
-    try:
-        got = torch.func.grad(lambda q: f(q).pow(2).sum())(q)
-    except RuntimeError:
-        return  # a refusal is fine, a wrong number is not
-    torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
+    mask, seen = torch.tensor([[1, 0, 1, 1, 1], [1, 1, 0, 1, 1], [0, 1, 1, 1, 0]]).bool(), []
+
+    def ours(q):
+        seen.append(fused.why_not(q, k, v, mask=mask))
+        return fused.attention(q, k, v, mask=mask, causal=True)
+
+    def exact(q):
+        return naive(q, k, v, mask, scale, True)
+
+    def softmax(q):
+        return fused.softmax(q, scale=0.5)
+
+    func, qs, tangent = torch.func, torch.stack([q, 2 * q]), torch.randn_like(q)
+    for f, wanted in ((ours, exact), (softmax, lambda q: torch.softmax(0.5 * q, -1))):
+        for transform in (
+            lambda f: func.grad(lambda q: f(q).pow(2).sum())(q),
+            lambda f: func.vjp(f, q)[1](f(q))[0],
+            lambda f: func.jacrev(f)(q),
+            lambda f: func.jacfwd(f)(q),
+            lambda f: func.hessian(lambda x: f(torch.cat([x, q[:, :, :, 2:]], -1)).pow(2).sum())(q[:, :, :, :2]),
+            lambda f: func.jvp(f, (q,), (tangent,)),
+            lambda f: torch.vmap(f)(qs),
+            lambda f: torch.vmap(func.grad(lambda q: f(q).pow(2).sum()))(qs),
+        ):
+            torch.testing.assert_close(transform(f), transform(wanted), rtol=1e-4, atol=1e-5)
+    assert any("inside a transform of torch.func" in (line or "") for line in seen)
+    assert fused.why_not(q, k, v, mask=mask) is None  # outside again
 
 
 def test_autocast():
