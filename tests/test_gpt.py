@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from minimal import gpt
+from minimal.generate import generate
 from minimal.gpt import GPT, GPTConfig, torch_attention
 
 SIZES = dict(vocab_size=61, n_positions=24, n_embd=32, n_layer=3, n_head=4)
@@ -499,6 +500,39 @@ def test_trap_mean_of_means():
     check_splits(model, ids, labels, [2, 2], by_total)
     with pytest.raises(AssertionError):
         check_splits(model, ids, labels, [2, 2], by_mean_of_means)
+
+
+END = 12  # closes every document, and is what a batch would be padded with
+
+
+def learn_to_count(labels_of):
+    """Documents that count up to 11, each closed by END, one after the other in a row, as training packs them."""
+    torch.manual_seed(0)
+    documents, g = [[*range(first, 12), END] for first in (0, 3, 6, 9)], torch.Generator().manual_seed(0)
+    model = GPT(GPTConfig(13, n_positions=32, n_embd=32, n_layer=1, n_head=2, dropout=0.0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(120):
+        rows = [sum((documents[i] for i in torch.randint(4, (7,), generator=g)), [])[:25] for _ in range(8)]
+        ids = torch.tensor(rows)  # (8, 25): the shortest document has 4 tokens
+        total, count = model.loss(ids, labels_of(ids))
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def check_stops(model):
+    for first in (0, 3, 6, 9):
+        ids = generate(model, torch.tensor([[first]]), 20, temperature=0, eos_id=END)[0].tolist()
+        assert ids[: 12 - first] == [*range(first, 12)], "the document itself was not learnt"
+        assert ids[12 - first :] == [END], "it did not stop"
+
+
+def test_trap_the_end_token_masked_as_if_it_were_padding():
+    """Trap: with pad == eos, masking the padding masks every end, and nothing teaches the model to stop."""
+    check_stops(learn_to_count(lambda ids: ids))
+    with pytest.raises(AssertionError, match="it did not stop"):
+        check_stops(learn_to_count(lambda ids: ids.masked_fill(ids == END, -100)))
 
 
 # ---- The model itself ----
