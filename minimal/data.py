@@ -45,8 +45,9 @@ K, NGRAM = 128, 5  # minima in a signature (standard error of J: at most 0.044);
 
 
 class Document(NamedTuple):
+    """A text, and the key that `split` hashes ("" for the text itself): those of one key fall on the same side."""
     text: str
-    key: str = ""  # what `split` hashes, "" for the text itself: documents of one key always fall on the same side
+    key: str = ""
 
 
 def _walk(folder: Path, skip: Iterable[str] = ()) -> Iterator[Path]:
@@ -238,8 +239,8 @@ def write_tokens(path: str | os.PathLike, token_lists: Iterable[list[int]], voca
 @functools.lru_cache(maxsize=1)
 def epoch_order(seed: int, epoch: int, blocks: int, seq_len: int) -> tuple[int, Tensor]:
     """(shift < seq_len, permutation of the blocks) of an epoch. Only the last one asked for is kept in memory."""
-    key = hashlib.sha256(f"{seed} {epoch}".encode()).digest()  # seed + epoch would give seeds each other's orders
-    g = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+    key = hashlib.sha256(f"{seed} {epoch}".encode())  # seed + epoch would give seeds each other's orders
+    g = torch.Generator().manual_seed(int(key.hexdigest()[:14], 16))
     return int(torch.randint(seq_len, (), generator=g)), torch.randperm(blocks, generator=g)
 
 
@@ -252,8 +253,7 @@ class TokenBlocks:
     def __init__(self, path: str | os.PathLike, seq_len: int, seed: int = 0):
         header = rb"\x93NUMPY\x01\x00(..)\{'descr': '<u([24])', 'fortran_order': \w+, 'shape': \((\d+),\), \}"
         with open(path, "rb") as file:
-            head = re.match(header, file.read(128), re.DOTALL)
-            if not head:
+            if not (head := re.match(header, file.read(128), re.DOTALL)):
                 raise ValueError(f"path {str(path)!r} must be a .npy file of uint16 or uint32 tokens of shape (N,)")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.seq_len, self.seed, self.n = seq_len, int(seed), int(head[3])
