@@ -17,10 +17,12 @@ import array
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -52,9 +54,9 @@ from minimal.vae import VAE, VAEConfig, grid
 SIZES = {"tiny": (2, 2, 64), "small": (4, 4, 192), "medium": (6, 6, 384), "gpt2": (12, 12, 768)}  # layers, heads, width
 SOURCES = {"stdlib-code": corpus.stdlib_source, "stdlib-prose": corpus.stdlib_prose}
 RECIPES = {  # what a setting left open becomes; each default run ends in about two minutes on two cores
-    ("gpt", None): dict(data="stdlib-code", steps=330, batch_size=8, lr=0.01, optimizer="muon", prompt="def "),
-    ("gpt", "lora"): dict(data="stdlib-prose", steps=200, batch_size=8, lr=5e-3, optimizer="adamw", prompt="Return "),
-    ("gpt", "full"): dict(data="stdlib-prose", steps=200, batch_size=8, lr=1e-3, optimizer="adamw", prompt="Return "),
+    ("gpt", None): dict(data="stdlib-code", steps=330, batch_size=8, lr=0.01, optimizer="muon", prompt="def"),
+    ("gpt", "lora"): dict(data="stdlib-prose", steps=200, batch_size=8, lr=5e-3, optimizer="adamw", prompt="Return"),
+    ("gpt", "full"): dict(data="stdlib-prose", steps=200, batch_size=8, lr=1e-3, optimizer="adamw", prompt="Return"),
     ("vae", None): dict(data="digits", steps=2000, batch_size=64, lr=2e-3, optimizer="adamw", prompt=""),
     ("vae", "lora"): dict(data="digits", steps=500, batch_size=64, lr=2e-3, optimizer="adamw", prompt=""),
     ("vae", "full"): dict(data="digits", steps=500, batch_size=64, lr=1e-3, optimizer="adamw", prompt=""),
@@ -78,7 +80,7 @@ class Settings:
     reconstruction: str = setting("mse", ["mse", "bce"], "VAE: squared error, or cross-entropy, which blurs greys")
     beta: float = setting(1.0, (float, 0), "VAE: weight of the KL term; 1 makes the loss a bound on the likelihood")
     # adaptation
-    base: str = setting(None, str, "model folder to adapt or to use; default: the newest pretrained one beside --out")
+    base: str = setting(None, str, "folder to adapt (default: the newest pretrained beside --out) or use (the newest)")
     finetune: str = setting(None, ["full", "lora"], "adapt --base instead of training from scratch")
     rank: int = setting(8, (int, 1), "LoRA: rank of the update; 8 serves most tasks")
     alpha: float = setting(16.0, (float, 1e-9), "LoRA: the update counts alpha / rank; twice the rank is common")
@@ -87,12 +89,12 @@ class Settings:
     rslora: bool = setting(False, bool, "LoRA: scale by alpha / sqrt(rank), steadier at high ranks")
     dora: bool = setting(False, bool, "LoRA: learn direction and magnitude apart (DoRA)")
     # optimisation
-    steps: int = setting(None, (int, 1), "optimiser steps; the recipes' fit a laptop user's patience")
-    batch_size: int = setting(None, (int, 1), "rows in a microbatch")
+    steps: int = setting(None, (int, 1), "optimiser steps; default 330 (GPT), 2000 (VAE), less to adapt: two minutes")
+    batch_size: int = setting(None, (int, 1), "rows in a microbatch; default 8 (GPT) or 64 (VAE), for two cores")
     grad_accum: int = setting(1, (int, 1), "microbatches in a step; more when memory is short")
     seq_len: int = setting(None, (int, 1), "tokens in a row; default 256, or the base's context")
     optimizer: str = setting(None, ["muon", "adamw", "sgd"], "muon pretrains in fewer steps, adamw adapts")
-    lr: float = setting(None, (float, 0, 1e37), "peak learning rate")
+    lr: float = setting(None, (float, 0, 1e37), "peak learning rate; default by model and method, see RECIPES")
     warmup: int = setting(None, (int, 0), "steps of linear warm-up; default a twentieth of --steps")
     weight_decay: float = setting(0.1, (float, 0), "decay of matrices; norms, biases and embeddings have none")
     dropout: float = setting(0.0, (float, 0, 1), "dropout of a new model; one epoch does not overfit")
@@ -112,7 +114,7 @@ class Settings:
     sample_every: int = setting(200, (int, 1), "steps between samples")
     log_every: int = setting(10, (int, 1), "steps between lines of metrics.jsonl")
     prompt: str = setting(None, str, "what samples continue")
-    temperature: float = setting(0.8, (float, 0), "of samples; 0 is greedy")
+    temperature: float = setting(0.6, (float, 0), "of samples; low suits a small model, 0 is greedy")
     top_p: float = setting(0.95, (float, 1e-9, 1.0000001), "of samples; the least likely tokens are seldom sensible")
     new_tokens: int = setting(120, (int, 1), "length of a sample")
 
@@ -128,7 +130,7 @@ ACTIONS = {  # instead of training; at most one
     "--chat": dict(action="store_true", help="write together with --base, line by line"),
     "--eval": dict(action="store_true", help="print the validation loss of --base on --data"),
     "--merge": dict(action="store_true", help="write --base, an adapter, and its base as one model into --out"),
-    "--dry-run": dict(action="store_true", help="build all, time two steps, write nothing"),
+    "--dry-run": dict(action="store_true", help="build all, time a step, write nothing"),
 }
 
 
@@ -219,8 +221,12 @@ class Text:
         try:
             self.train, self.val = (corpus.TokenBlocks(folder / n, s.seq_len, s.seed) for n in ("train.npy", "val.npy"))
         except ValueError as error:
-            why = f"too short for --seq-len {s.seq_len}: " if "seq_len" in str(error) else ""
-            raise ValueError(f"--data {s.data}: {why}{error}") from None
+            if "seq_len" not in str(error):
+                raise
+            held = re.search(r"holds (\d+) tokens", str(error))
+            found = f"{held[1]} tokens" if held else "too few tokens"
+            why = f"too short: {found} in its training or validation part, --seq-len {s.seq_len} needs {s.seq_len + 1}"
+            raise ValueError(f"--data {s.data}: {why}") from None
         sizes = [len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)]
         sizes[tokenizer.eos_id] = 0  # it stands for no byte of the text
         self.bytes_of = torch.tensor(sizes)
@@ -449,7 +455,7 @@ def fit(s, model, data, folder, resume, record):
         record(status, saved)
 
     keep(save())  # before the first step too: from now on the run can be killed at any moment and resumed
-    saved, seen, busy, last, sound = None, 0, 0.0, False, True
+    saved, seen, busy, last, sound, told = None, 0, 0.0, False, True, time.perf_counter()
     model.train()
     with noted_signals() as signals, tqdm(total=s.steps, initial=progress["step"], disable=None, unit="step") as bar:
         while progress["step"] < s.steps and not last:
@@ -502,7 +508,8 @@ def fit(s, model, data, folder, resume, record):
                     file.write(json.dumps(entry) + "\n")
                 text = f"loss {entry['loss']:.3f}, lr {lr:.1e}, {rate:,.0f} {data.unit}/s, {memory:,.0f} MB"
                 bar.set_postfix_str(text)
-                if bar.disable and (scores or step < s.log_every):  # no terminal: a line now and then
+                if bar.disable and (scores or step < s.log_every or time.perf_counter() > told + 15):  # no terminal
+                    told = time.perf_counter()
                     left = elapsed / (step + 1) * (s.steps - step - 1)
                     print(f"step {step + 1}/{s.steps}: {text}, {left:.0f} s left", flush=True)
                 if scores:
@@ -611,7 +618,7 @@ def check_free(s, out):
     status = read_json(out / "args.json").get("status") if "args.json" in there else None
     if there and not s.overwrite and status != "begun":  # begun: was killed before its first checkpoint
         go_on = f"an unfinished run (--resume {out} goes on with it)"
-        what = go_on if status == "unfinished" else f"a result ({there[0]})"
+        what = go_on if status == "unfinished" else "a finished run" if status else f"a result ({there[0]})"
         raise ValueError(f"--out {out}: holds {what}; wanted --overwrite to replace it, or another --out")
 
 
@@ -731,7 +738,7 @@ def resume_run(name, changed, given):
             print(f"{flag(field.name)}: {old} -> {new}")
             setattr(s, field.name, new)
     if s.steps <= step and status != "begun":
-        raise ValueError(f"--resume {out}: {status} at step {step}; wanted more than that of --steps, not {s.steps}")
+        raise ValueError(f"--resume {out}: {status} at step {step}; to go on, add --steps with more than {step}")
     return run(complete(s), resume=status != "begun")  # begun: killed before its first checkpoint
 
 
@@ -771,7 +778,7 @@ def write_text(action, s, prompt):
                 line = ""
             if not line:
                 return
-            text += line
+            text += line + "\n"
         else:
             print(text, end="")
         for piece in continue_text(s, model, tokenizer, text):
@@ -780,7 +787,7 @@ def write_text(action, s, prompt):
         print()
         if action == "--sample":
             return
-        text += "\n"
+        text += "\n" * (not text.endswith("\n"))
 
 
 def score(action, s, given):
@@ -803,7 +810,7 @@ def score(action, s, given):
         print(f"{folder}: {describe(evaluate(s, model, data))}")
         if action == "--merge":
             change = merge_lora(model)
-            print(f"merged: {describe(evaluate(s, model, data))}; no weight changed by more than {change:.3g}")
+            print(f"merged: {describe(evaluate(s, model, data))}; the largest change of a weight is {change:.3g}")
             out.mkdir(parents=True, exist_ok=True)
             model.save_pretrained(out)
             if tokenizer:
@@ -814,21 +821,24 @@ def score(action, s, given):
 
 def dry_run(s):
     if s.finetune and not s.base:
-        s.base = pretrained(s, "finished")
-        if s.base is None:
+        base = pretrained(s, "finished")
+        if base is None:
             raise ValueError(f"--finetune {s.finetune}: nothing pretrained under {Path(s.out).parent}/; wanted --base")
+        s.base = str(base)
     for name, value in dataclasses.asdict(s).items():
         print(flag(name), value)
-    with tempfile.TemporaryDirectory() as temporary:
+    said = io.StringIO()
+    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(said):
         short = dataclasses.replace(s, out=f"{temporary}/run", steps=3, warmup=0, log_every=1, eval_every=9)
         run(short)
         last = (Path(short.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[1]  # the third evaluates
+    print(*(line for line in said.getvalue().splitlines() if line.startswith(("data:", "model:"))), sep="\n")
     seconds = s.steps * s.batch_size * s.grad_accum * (short.seq_len or 1) / json.loads(last)["tokens_per_s"]
     print(f"{s.steps} steps would take {seconds:.0f} s and {peak_memory_mb(s):,.0f} MB; nothing was written")
 
 
 def main(argv=None):
-    s, given, (action, value) = parse(Settings, argv, ACTIONS, "train.py", __doc__)
+    s, given, (action, value) = parse(Settings, argv, ACTIONS, "train.py", __doc__.split("In order:")[0])
     try:
         if action in ("--sample", "--chat"):
             return write_text(action, s, value)
@@ -851,12 +861,15 @@ def main(argv=None):
         print("\ntrain.py: interrupted; a run that had begun goes on with --resume", file=sys.stderr)
         raise SystemExit(130) from None
     s = Settings(**read_json(out / "args.json")["settings"])
+    beside = f" --base {out}" if out.parent != Path("out") else ""
     if s.model == "vae":
-        print(f"next: look at the pictures in {out}, then: python train.py --model vae --latent 2 --out out/vae-2")
-    elif s.finetune == "lora":
-        print(f'next: python train.py --base {out} --sample "The "\n      python train.py --base {out} --merge')
+        print(f"next: look at the pictures in {out}, then: python train.py --model vae --latent 2 --out {out}-2")
+    elif s.finetune:
+        print(f"next: python train.py --base {out} --sample {json.dumps(s.prompt)}")
+        print(f"      python train.py --base {out} " + ("--merge" if s.finetune == "lora" else "--chat"))
     else:
-        print(f'next: python train.py --base {out} --sample "class "\n      python train.py --finetune lora')
+        print(f"next: python train.py --base {out} --sample {json.dumps(s.prompt)}")
+        print(f"      python train.py --finetune lora{beside}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How long the default runs of train.py take, as whole processes from nothing: `python bench/runs.py`.
+"""How long the default runs of train.py take, as whole processes: `python bench/runs.py`.
 
     python train.py                     limits that were set for two cores: 150 s, the first step within 25 s
     python train.py --finetune lora     on top of it: 90 s

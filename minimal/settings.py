@@ -51,7 +51,7 @@ def converter(wanted):
         with contextlib.suppress(ValueError):
             if least <= kind(text) < below:  # false for NaN and, for float, for infinity
                 return kind(text)
-        what = f"a {'whole ' * (kind is int)}number of at least {least:g}" + f", below {below:g}" * (below < math.inf)
+        what = f"a {'whole ' * (kind is int)}number of at least {least:g}" + f", below {below:g}" * (below < 1e30)
         raise argparse.ArgumentTypeError(f"{text!r}: wanted {what}")
 
     return convert
@@ -74,7 +74,8 @@ def parse(Settings, argv=None, actions=None, prog=None, description=None):
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     for field in dataclasses.fields(Settings):
         wanted, default = field.metadata["wanted"], field.default
-        text = field.metadata["help"].replace("%", "%%") + ("" if default in (None, False) else f" [{default}]")
+        shown = "" if default is None or default is False else f" [{default}]"
+        text = field.metadata["help"].replace("%", "%%") + shown
         if wanted is bool:
             parser.add_argument(flag(field.name), action="store_true", help=text)
             continue

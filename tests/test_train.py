@@ -208,6 +208,11 @@ def test_dry_run_writes_nothing(capsys):
     before = snapshot()
     train.main([*TINY, "--data", "corpus", "--dry-run", "--steps", "7"])
     assert "nothing was written" in capsys.readouterr().out and snapshot() == before and not os.path.exists("out")
+    pretrain(steps=1)
+    before = snapshot()
+    train.main([*TINY, "--finetune", "lora", "--data", "other.txt", "--dry-run", "--steps", "7"])  # finds its base
+    said = capsys.readouterr().out
+    assert "7 steps would take" in said and "--base out/gpt" in said and snapshot() == before
 
 
 def test_patience_stops_and_keeps_the_best(capsys):
