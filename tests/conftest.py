@@ -8,7 +8,7 @@ import sys
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train.py: on a busy machine spinning threads cost minutes
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train.py: for tests beside other work
 
 import hypothesis
 import pytest
