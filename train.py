@@ -3,28 +3,29 @@
 
     python train.py                                        pretrain a GPT on the standard library's source
     python train.py --finetune lora                        adapt the newest pretrained model to English prose
-    python train.py --model vae                            train a VAE on handwritten digits
+    python train.py --model bert                           pretrain a BERT; --model rnn, --model vae
+    python train.py --task classify --finetune full        give it a task: classify, tag, qa; --task seq2seq
+    python train.py --finetune distill                     teach a model of half the layers
     python train.py --base out/gpt-lora --sample "Return"  use a result
 
-In order: settings, data, model and adaptation, evaluation, loop, runs, uses of a model, main. A run is a folder with
-the model in the Hugging Face layout (or the adapter in PEFT's), args.json, metrics.jsonl, loss.png, samples.txt, and
-state/, which holds the token files and the checkpoint that resumes the run exactly. Nothing is ever pickled.
+In order: settings, model and adaptation, evaluation, loop, runs, uses of a model, main; tasks.py has the data and the
+scores of each task. A run is a folder with the model in the Hugging Face layout (or the adapter in PEFT's), args.json,
+metrics.jsonl, metrics.json, loss.png, samples.txt, and state/, which holds the data as it was prepared and the
+checkpoint that resumes the run exactly. Nothing is ever pickled.
 """
 
 from __future__ import annotations
 
-import array
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -36,68 +37,138 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
-from minimal import data as corpus
-from minimal import fused
+from minimal import adversarial, fused, runs
 from minimal.attention import attention
+from minimal.bert import BERT, BERTConfig
 from minimal.checkpoint import load_checkpoint, save_checkpoint, write_beside
-from minimal.generate import stream_text
+from minimal.distill import distillation_loss, skip_layers
+from minimal.examples import FIELDS
 from minimal.gpt import GPT, GPTConfig
-from minimal.lora import add_lora, load_lora, merge_lora, save_lora
+from minimal.lora import add_lora, load_lora, lora_parameters, merge_lora, save_lora
 from minimal.optim import SGD, AdamW, Muon, cosine_schedule, decay_groups, muon_groups
+from minimal.rnn import RNN, RNNConfig
+from minimal.runs import newest, read_json, write_json
 from minimal.settings import flag, parse, setting
 from minimal.tokenizer import Tokenizer
-from minimal.vae import VAE, VAEConfig, grid
+from minimal.transformer import Transformer, TransformerConfig
+from minimal.vae import VAE, VAEConfig
+from tasks import (
+    SOURCES,
+    TASK_OF,
+    TASKS,
+    Labelled,
+    continue_text,
+    fill_masks,
+    load_data,
+    pad_id,
+    predict,
+    prepare_rows,
+    prepare_text,  # fmt: skip
+    read_rows,
+    rows_of,
+    rows_to_score,
+    show,
+)
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
-SIZES = {"tiny": (2, 2, 64), "small": (4, 4, 192), "medium": (6, 6, 384), "gpt2": (12, 12, 768)}  # layers, heads, width
-SOURCES = {"stdlib-code": corpus.stdlib_source, "stdlib-prose": corpus.stdlib_prose}
-RECIPES = {  # what a setting left open becomes; each default run ends in about two minutes on two cores
-    ("gpt", None): dict(data="stdlib-code", steps=330, batch_size=8, lr=0.01, optimizer="muon", prompt="def"),
-    ("gpt", "lora"): dict(data="stdlib-prose", steps=200, batch_size=8, lr=5e-3, optimizer="adamw", prompt="Return"),
-    ("gpt", "full"): dict(data="stdlib-prose", steps=200, batch_size=8, lr=1e-3, optimizer="adamw", prompt="Return"),
-    ("vae", None): dict(data="digits", steps=2000, batch_size=64, lr=2e-3, optimizer="adamw", prompt=""),
-    ("vae", "lora"): dict(data="digits", steps=500, batch_size=64, lr=2e-3, optimizer="adamw", prompt=""),
-    ("vae", "full"): dict(data="digits", steps=500, batch_size=64, lr=1e-3, optimizer="adamw", prompt=""),
+SIZES = {  # layers, heads, width
+    "tiny": (2, 2, 64),
+    "mini": (2, 4, 128),
+    "small": (4, 4, 192),
+    "medium": (6, 6, 384),
+    "gpt2": (12, 12, 768),
 }
-PART = 2**28  # characters of text prepared at a time: about 2 GB of memory
-EVAL_TOKENS = 32_768  # scored at each evaluation: a second or two, and a standard error of about 1 %
-IMAGE_SIZE = 32  # pixels a side that a folder's images are brought to
+MODELS = {"gpt": GPT, "rnn": RNN, "bert": BERT, "transformer": Transformer, "vae": VAE}
+KINDS = {"gpt2": "gpt"} | {name: name for name in MODELS if name != "gpt"}  # model_type in config.json -> --model
+EMBEDDINGS = {"gpt": "transformer.wte", "rnn": "embedding", "bert": "bert.embeddings.word_embeddings",
+              "transformer": "embedding"}  # fmt: skip
+HEADS = ("classifier", "qa_outputs")  # of a task: new on a pretrained body, so LoRA trains them in full
+RECIPES = {  # (model, task): what a setting left open becomes in training anew, and what of it adapting changes
+    ("gpt", "lm"): (
+        dict(data="stdlib-code", steps=330, batch_size=8, seq_len=256, lr=0.01, optimizer="muon", prompt="def"),
+        dict(data="stdlib-prose", steps=200, prompt="Return"),
+    ),
+    ("rnn", "lm"): (
+        dict(data="stdlib-code", steps=250, batch_size=16, seq_len=128, lr=5e-3, optimizer="adamw", prompt="def"),
+        dict(data="stdlib-prose", steps=150, prompt="Return"),
+    ),
+    ("bert", "mlm"): (  # predicts 15 % of what it reads: so a small model, which reads more in the time
+        dict(data="stdlib-docs", size="mini", steps=1100, batch_size=32, seq_len=128, lr=3e-3, optimizer="muon",
+             prompt="Return a [MASK] of the object."),
+        dict(data="stdlib-prose", steps=300),
+    ),
+    ("bert", "classify"): (
+        dict(data="stdlib-areas", size="mini", steps=200, batch_size=32, seq_len=128, lr=3e-3, optimizer="muon",
+             dropout=0.1), {},
+    ),
+    ("bert", "tag"): (
+        dict(data="stdlib-lexical", size="mini", steps=400, batch_size=32, seq_len=128, lr=3e-3, optimizer="muon",
+             dropout=0.1), {},
+    ),
+    ("bert", "qa"): (
+        dict(data="stdlib-questions", size="mini", steps=500, batch_size=16, seq_len=256, lr=3e-3, optimizer="muon"),
+        {},
+    ),
+    ("transformer", "seq2seq"): (
+        dict(data="stdlib-signatures", steps=300, batch_size=32, seq_len=64, lr=5e-3, optimizer="muon", dropout=0.1),
+        dict(steps=200),
+    ),
+    ("vae", "images"): (
+        dict(data="digits", steps=2000, batch_size=64, lr=2e-3, optimizer="adamw"), dict(steps=500),
+    ),
+}  # fmt: skip
+RATES = {"full": 1e-3, "freeze": 2e-3, "lora": 5e-3, "distill": 2e-3}  # learning rates of adapting, with AdamW
 
 
 @dataclasses.dataclass
 class Settings:
     """Every setting of a run. None: taken from RECIPES, or found by itself."""
 
-    model: str = setting("gpt", ["gpt", "vae"], "what to train")
-    size: str = setting("small", list(SIZES), "layers, heads and width; small learns in minutes on two cores")
-    data: str = setting(None, str, "file or folder: .txt .md .py .jsonl ..., or images for the VAE; or stdlib-code, "
-                    "stdlib-prose, digits. The default needs no download")  # fmt: skip
+    model: str = setting(None, list(MODELS), "what to train; default: what the task or --base says, else gpt")
+    task: str = setting(None, list(TASKS), "what to learn; default lm (gpt, rnn), mlm (bert), seq2seq (transformer)")
+    size: str = setting(
+        None, list(SIZES), "layers, heads and width; default small, mini for a BERT: minutes on two cores"
+    )
+    data: str = setting(None, str, "file or folder: .txt .md .py .jsonl ..., rows in .jsonl or .csv for a task, images "
+                    f"for the VAE; hf:OWNER/NAME; or, without a download, {', '.join(SOURCES)}")  # fmt: skip
     tokenizer: str = setting("bpe", str, "bpe, char, bytes, or PATH of a tokenizer.json; adapting keeps the base's")
     vocab_size: int = setting(4096, (int, 257), "tokens that bpe learns; small, for the head's cost grows with it")
+    cell: str = setting("lstm", ["rnn", "lstm", "gru"], "RNN: its cell")
     latent: int = setting(8, (int, 1, 65537), "VAE: latent dimensions; eight hold the digits' shapes")
     reconstruction: str = setting("mse", ["mse", "bce"], "VAE: squared error, or cross-entropy, which blurs greys")
     beta: float = setting(1.0, (float, 0), "VAE: weight of the KL term; 1 makes the loss a bound on the likelihood")
     # adaptation
     base: str = setting(None, str, "folder to adapt (default: the newest pretrained beside --out) or use (the newest)")
-    finetune: str = setting(None, ["full", "lora"], "adapt --base instead of training from scratch")
+    finetune: str = setting(None, ["full", "freeze", "lora", "distill"], "adapt --base instead of training anew")
+    top: int = setting(2, (int, 1), "freeze: blocks that train, from the top, with what stands above them")
     rank: int = setting(8, (int, 1), "LoRA: rank of the update; 8 serves most tasks")
     alpha: float = setting(16.0, (float, 1e-9), "LoRA: the update counts alpha / rank; twice the rank is common")
     lora_dropout: float = setting(0.0, (float, 0, 1), "LoRA: dropout before A; an adapter this small seldom overfits")
     target: str = setting("all-linear", str, "LoRA: layers by name, suffix, list, expression; or all-linear")
     rslora: bool = setting(False, bool, "LoRA: scale by alpha / sqrt(rank), steadier at high ranks")
     dora: bool = setting(False, bool, "LoRA: learn direction and magnitude apart (DoRA)")
+    teacher: str = setting(None, str, "distill: folder of the teacher (default: the newest model of the task)")
+    student_layers: int = setting(None, (int, 1), "distill: blocks of the student; default half of the teacher's")
+    distill_temperature: float = setting(2.0, (float, 1e-3), "distill: softens both distributions (Hinton's T)")
+    distill_weights: str = setting("5,2,1", str, "distill: soft targets, hard targets, cosine of hidden states")
     # optimisation
-    steps: int = setting(None, (int, 1), "optimiser steps; default 330 (GPT), 2000 (VAE), less to adapt: two minutes")
-    batch_size: int = setting(None, (int, 1), "rows in a microbatch; default 8 (GPT) or 64 (VAE), for two cores")
+    steps: int = setting(None, (int, 1), "optimiser steps; by model and task, for about two minutes on two cores")
+    batch_size: int = setting(None, (int, 1), "rows in a microbatch; by model and task, for two cores")
     grad_accum: int = setting(1, (int, 1), "microbatches in a step; more when memory is short")
-    seq_len: int = setting(None, (int, 1), "tokens in a row; default 256, or the base's context")
+    seq_len: int = setting(None, (int, 1), "tokens in a row; by model and task, or the base's context")
     optimizer: str = setting(None, ["muon", "adamw", "sgd"], "muon pretrains in fewer steps, adamw adapts")
-    lr: float = setting(None, (float, 0, 1e37), "peak learning rate; default by model and method, see RECIPES")
+    lr: float = setting(None, (float, 0, 1e37), "peak learning rate; by model, task and method: RECIPES, RATES")
     warmup: int = setting(None, (int, 0), "steps of linear warm-up; default a twentieth of --steps")
     weight_decay: float = setting(0.1, (float, 0), "decay of matrices; norms, biases and embeddings have none")
-    dropout: float = setting(0.0, (float, 0, 1), "dropout of a new model; one epoch does not overfit")
+    l1: float = setting(0.0, (float, 0), "weight of the sum of the matrices' absolute values, for sparse weights")
+    dropout: float = setting(None, (float, 0, 1), "default 0, or 0.1 for labelled tasks; adapting: as in the base")
+    label_smoothing: float = setting(0.0, (float, 0, 1), "share of the target spread over all classes; 0.1 is common")
+    adversarial: str = setting(None, ["fgm", "pgd", "freelb", "rdrop"], "perturbed embeddings, or dropout twice")
+    epsilon: float = setting(1.0, (float, 0), "adversarial: norm of the perturbation of a row's embeddings")
+    augment: bool = setting(False, bool, "swap, delete and mask a tenth of the tokens of training texts")
     clip: float = setting(1.0, (float, 0), "largest gradient norm; 0 does not clip")
     patience: int = setting(0, (int, 0), "stop after so many evaluations without gain; 0 never does")
     seed: int = setting(1337, (int, 0, 2**31), "of initialisation, data order, dropout and samples")
@@ -107,39 +178,80 @@ class Settings:
     compile: bool = setting(False, bool, "torch.compile the loss; its minute of compiling pays on long runs only")
     threads: int = setting(None, (int, 1, 1025), "CPU threads; default PyTorch's choice")
     # output
-    out: str = setting(None, str, "output folder; default out/MODEL or out/MODEL-METHOD")
+    out: str = setting(None, str, "output folder; default out/MODEL, out/TASK or either with -METHOD")
     overwrite: bool = setting(False, bool, "replace the run in --out")
     save_every: int = setting(100, (int, 1), "steps between checkpoints")
     eval_every: int = setting(100, (int, 1), "steps between evaluations")
     sample_every: int = setting(200, (int, 1), "steps between samples")
     log_every: int = setting(10, (int, 1), "steps between lines of metrics.jsonl")
-    prompt: str = setting(None, str, "what samples continue")
+    prompt: str = setting(None, str, "what samples continue (lm) or fill in (mlm)")
     temperature: float = setting(0.6, (float, 0), "of samples; low suits a small model, 0 is greedy")
     top_p: float = setting(0.95, (float, 1e-9, 1.0000001), "of samples; the least likely tokens are seldom sensible")
     new_tokens: int = setting(120, (int, 1), "length of a sample")
+    beam: int = setting(1, (int, 1), "seq2seq: hypotheses kept in decoding; 1 is greedy")
 
 
 # What may change when a run is resumed: all that shapes neither the model nor the order of its data.
-CHANGEABLE = set("steps lr warmup weight_decay clip patience device dtype compile threads "
-                 "save_every eval_every sample_every log_every prompt temperature top_p new_tokens".split())
+CHANGEABLE = set("steps lr warmup weight_decay l1 clip patience device dtype compile threads save_every eval_every "
+                 "sample_every log_every prompt temperature top_p new_tokens".split())  # fmt: skip
 
 
 ACTIONS = {  # instead of training; at most one
     "--resume": dict(nargs="?", const="", metavar="DIR", help="go on with a run, the newest unfinished by default"),
-    "--sample": dict(metavar="TEXT", help="print a continuation of TEXT by --base"),
+    "--sample": dict(metavar="TEXT", help="print what --base makes of TEXT: a continuation, label, tags, translation, "
+                     "[MASK] filled in, or the answer to a question that ends in '?' from what follows it"),
     "--chat": dict(action="store_true", help="write together with --base, line by line"),
-    "--eval": dict(action="store_true", help="print the validation loss of --base on --data"),
+    "--eval": dict(action="store_true", help="score --base on --data; the task's metrics go to its metrics.json too"),
     "--merge": dict(action="store_true", help="write --base, an adapter, and its base as one model into --out"),
     "--dry-run": dict(action="store_true", help="build all, time a step, write nothing"),
-}
+}  # fmt: skip
 
 
 def complete(s):
-    """Fills what was left open, from the recipe and the machine."""
-    for name, value in RECIPES[s.model, s.finetune].items():
+    """Fills what was left open, from the task, the recipe and the machine; refuses what does not go together."""
+    base = Path(s.teacher or s.base or "")
+    if s.model is None and s.task is None and (s.base or s.teacher) and (base / "config.json").exists():
+        s.model = KINDS.get(read_json(base / "config.json").get("model_type"))
+    s.model = s.model or (TASKS[s.task].models[0] if s.task else "gpt")
+    s.task = s.task or TASK_OF[s.model]
+    if s.model not in TASKS[s.task].models:
+        raise ValueError(f"--task {s.task}: not for --model {s.model}; wanted --model {TASKS[s.task].models[0]}")
+    if s.model == "vae" and (s.finetune in ("freeze", "distill") or s.adversarial or s.label_smoothing or s.augment):
+        asked = [flag(name) for name in ("adversarial", "label_smoothing", "augment") if getattr(s, name)]
+        asked = asked[0] if asked else f"--finetune {s.finetune}"
+        raise ValueError(f"{asked}: a VAE has no blocks, classes or tokens for it; wanted another --model")
+    if s.teacher and s.finetune != "distill":
+        raise ValueError(f"--teacher {s.teacher}: wanted --finetune distill beside it")
+    if s.finetune == "distill":
+        weights_of(s)
+        s.base = s.teacher = s.teacher or s.base
+        if s.adversarial:
+            raise ValueError(f"--adversarial {s.adversarial}: not beside --finetune distill")
+    if s.adversarial and s.compile:
+        raise ValueError(
+            f"--adversarial {s.adversarial}: acts by a hook, which --compile passes over; wanted one of them"
+        )
+    if s.label_smoothing and s.task == "qa":
+        raise ValueError(f"--label-smoothing {s.label_smoothing}: not for --task qa, whose places are no classes")
+    if s.augment and s.task not in ("classify", "seq2seq"):
+        raise ValueError(
+            f"--augment: would part the tokens of --task {s.task} from its targets; wanted classify or seq2seq"
+        )
+    anew, adapting = RECIPES[s.model, s.task]
+    recipe = anew
+    if s.finetune:
+        # A task is learnt as from scratch, but for LoRA; a model is adapted to other text by smaller steps.
+        gently = {"optimizer": "adamw", "lr": RATES[s.finetune]} if s.finetune == "lora" or s.task not in FIELDS else {}
+        recipe = anew | gently | adapting
+        recipe = {name: value for name, value in recipe.items() if name not in ("dropout", "seq_len")}  # the base's
+        if s.finetune == "distill":  # a student learns on what its teacher learnt on
+            recipe |= {"data": anew["data"], "prompt": anew.get("prompt")}
+    for name, value in ({"size": "small"} | recipe).items():
         if getattr(s, name) is None:
             setattr(s, name, value)
-    s.out = s.out or f"out/{s.model}" + (f"-{s.finetune}" if s.finetune else "")
+    if s.adversarial == "rdrop" and not s.dropout and (s.dropout == 0 or not s.finetune):
+        raise ValueError("--adversarial rdrop: compares two passes of different dropout; wanted --dropout above 0")
+    s.out = s.out or f"out/{folder_of(s)}"
     s.warmup = s.steps // 20 if s.warmup is None else s.warmup
     if s.warmup > s.steps:
         raise ValueError(f"--warmup {s.warmup}: wanted at most --steps, {s.steps}")
@@ -150,7 +262,7 @@ def complete(s):
         usable = False
     if not usable:
         raise ValueError(f"--device {s.device}: not to be had with this PyTorch here; wanted cpu, cuda or mps")
-    if s.data not in (*SOURCES, "digits") and not Path(s.data).exists():
+    if s.data not in SOURCES and not s.data.startswith("hf:") and not Path(s.data).exists():
         raise ValueError(f"--data {s.data}: no such file or folder")
     half = s.device.startswith("cuda") and torch.cuda.is_bf16_supported()
     s.dtype = s.dtype or ("bfloat16" if half else "float32")
@@ -159,134 +271,15 @@ def complete(s):
     return s
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
-def prepare_text(s, folder, tokenizer):
-    """Documents, cleaned, deduplicated, split, as token files in `folder`; returns the tokenizer, trained if new."""
-    started, held_out = time.perf_counter(), []
-    parts = prepared(SOURCES.get(s.data, lambda: corpus.read_documents(s.data))())
-    part = next(parts, None)
-    if part is None:
-        raise ValueError(f"--data {s.data}: nothing is left of it after cleaning")
-    if tokenizer is None and s.tokenizer in ("bpe", "char", "bytes"):
-        tokenizer = Tokenizer.train((document.text for document in part[0]), s.vocab_size, kind=s.tokenizer)
-    tokenizer = tokenizer or Tokenizer.load(s.tokenizer)
-    if tokenizer.eos_id is None:
-        raise ValueError(f"--tokenizer {s.tokenizer}: has no <|endoftext|>, which ends every document")
-
-    def rows(documents):
-        # Each document ends with the end token, which is trained like any other: so the model learns to stop.
-        return (tokenizer.encode(document.text) + [tokenizer.eos_id] for document in documents)
-
-    def train_rows():
-        nonlocal part
-        while part:
-            held_out.extend(array.array("I", row) for row in rows(part[1]))
-            yield from rows(part[0])
-            part = next(parts, None)
-
-    n_train = corpus.write_tokens(folder / "train.npy", train_rows(), tokenizer.vocab_size)
-    n_val = corpus.write_tokens(folder / "val.npy", held_out, tokenizer.vocab_size)
-    print(f"data: {s.data}, {n_train:,} tokens and {n_val:,} for validation, vocabulary {tokenizer.vocab_size:,}; "
-          f"{time.perf_counter() - started:.0f} s")  # fmt: skip
-    return tokenizer
-
-
-def prepared(documents):
-    """Yields (training documents, validation documents) part by part: a corpus need not fit into memory. Exact
-    duplicates are removed from the whole, near ones from each part."""
-    seen, part, size = set(), [], 0
-    for document in itertools.chain(documents, [None]):
-        if document:
-            text = corpus.clean(document.text)
-            digest = hashlib.sha256(text.encode()).digest()
-            if text.strip() and digest not in seen:
-                seen.add(digest)
-                part.append((digest, document._replace(text=text)))
-                size += len(text)
-        if part and (size > PART or document is None):
-            # In the order of a hash, so that the first validation rows, which are scored, come from anywhere.
-            yield corpus.split(corpus.deduplicate(document for _, document in sorted(part)))
-            part, size = [], 0
-
-
-class Text:
-    """Rows of tokens; every batch is a function of its index alone, so that resuming needs nothing but the index."""
-
-    unit = "tokens"
-
-    def __init__(self, s, folder, tokenizer):
-        self.s, self.tokenizer = s, tokenizer
-        try:
-            self.train, self.val = (corpus.TokenBlocks(folder / n, s.seq_len, s.seed) for n in ("train.npy", "val.npy"))
-        except ValueError as error:
-            if "seq_len" not in str(error):
-                raise
-            held = re.search(r"holds (\d+) tokens", str(error))
-            found = f"{held[1]} tokens" if held else "too few tokens"
-            why = f"too short: {found} in its training or validation part, --seq-len {s.seq_len} needs {s.seq_len + 1}"
-            raise ValueError(f"--data {s.data}: {why}") from None
-        sizes = [len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)]
-        sizes[tokenizer.eos_id] = 0  # it stands for no byte of the text
-        self.bytes_of = torch.tensor(sizes)
-
-    def batch(self, index):
-        return {"ids": self.train.batch(index, self.s.batch_size)}  # (B, T + 1)
-
-    def validation(self):
-        limit = max(1, EVAL_TOKENS // (self.s.seq_len * self.s.batch_size))
-        return ({"ids": ids, "labels": labels} for ids, labels in self.val.sequential(self.s.batch_size, limit))
-
-    def count_bytes(self, labels, **_):
-        scored = labels[:, 1:]
-        return int(self.bytes_of[scored[scored >= 0]].sum())
-
-    def sample(self, model, folder):
-        return self.s.prompt + "".join(continue_text(self.s, model, self.tokenizer, self.s.prompt))
-
-
-class Images:
-    """Images in memory, (N, C, H, W) in [0, 1]; batches as in Text, drawn with replacement."""
-
-    unit = "images"
-
-    def __init__(self, s):
-        self.s = s
-        images = corpus.digits() if s.data == "digits" else corpus.read_images(s.data, IMAGE_SIZE)
-        if len(images) < 20:  # two of them for validation: the walk goes from one to the next
-            raise ValueError(f"--data {s.data}: {len(images)} images; wanted at least 20, a tenth to validate on")
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # the same for every --seed
-        self.val, self.train = images[order].tensor_split([len(images) // 10])
-        print(f"data: {s.data}, {len(self.train):,} images and {len(self.val):,} for validation")
-
-    def batch(self, index):
-        generator = torch.Generator().manual_seed(self.s.seed * 1_000_003 + index)
-        return {"x": self.train[torch.randint(len(self.train), (self.s.batch_size,), generator=generator)]}
-
-    def validation(self):
-        return ({"x": x} for x in self.val.split(256))
-
-    def count_bytes(self, x):
-        return 0
-
-    @torch.no_grad()
-    def sample(self, model, folder):
-        """Writes pictures: originals over reconstructions, samples, and a walk through latent space."""
-        from matplotlib import image as png
-
-        few = self.val[:10].to(self.s.device)  # (10, C, H, W)
-        generator = torch.Generator(self.s.device).manual_seed(self.s.seed)
-        pictures = {
-            "reconstructions.png": torch.cat([few, model(few)]),
-            "samples.png": model.sample(60, generator=generator),
-            "walk.png": torch.cat([model.interpolate(few[i - 1], few[i], 10) for i in range(1, min(len(few), 7))]),
-        }
-        for name, images in pictures.items():
-            tile = grid(images, 10).cpu().movedim(0, -1).expand(-1, -1, 3)  # (C, H, W) -> (H, W, 3)
-            tile = tile.repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()
-            write_beside(folder / name, lambda beside, tile=tile: png.imsave(beside, tile, format="png"))
-        return f"see {', '.join(pictures)}"
+def weights_of(s):
+    """--distill-weights as keywords of distillation_loss"""
+    try:
+        soft, hard, cosine = (float(x) for x in s.distill_weights.split(","))
+        if not (min(soft, hard, cosine) >= 0 and 0 < soft + hard + cosine < math.inf):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--distill-weights {s.distill_weights}: wanted three numbers, such as 5,2,1") from None
+    return dict(soft=soft, hard=hard, cosine=cosine)
 
 
 # --- model and adaptation ---------------------------------------------------------------------------------------------
@@ -294,24 +287,40 @@ class Images:
 
 def new_model(s, data):
     layers, heads, width = SIZES[s.size]
+    if s.model == "vae":
+        channels, size = data.train.shape[1:3]
+        kind, hidden = ("conv", (width // 2, width)) if size >= 16 else ("mlp", (2 * width, width))
+        return VAE(VAEConfig(size, channels, s.latent, hidden, kind, s.reconstruction, beta=s.beta))
+    vocab_size, eos_id, dropout = data.tokenizer.vocab_size, data.tokenizer.eos_id, s.dropout or 0.0
     if s.model == "gpt":
-        vocab_size, eos_id = data.tokenizer.vocab_size, data.tokenizer.eos_id
-        config = GPTConfig(vocab_size, s.seq_len, width, layers, heads, dropout=s.dropout, eos_token_id=eos_id)
+        config = GPTConfig(vocab_size, s.seq_len, width, layers, heads, dropout=dropout, eos_token_id=eos_id)
         return GPT(config, attention=attention)
-    channels, size = data.train.shape[1:3]
-    kind, hidden = ("conv", (width // 2, width)) if size >= 16 else ("mlp", (2 * width, width))
-    return VAE(VAEConfig(size, channels, s.latent, hidden, kind, s.reconstruction, beta=s.beta))
+    if s.model == "rnn":  # a cell does the work of two blocks, one after the other: wider and fewer
+        return RNN(RNNConfig(vocab_size, 2 * width, max(1, layers // 2), s.cell, dropout, eos_token_id=eos_id))
+    if s.model == "bert":
+        task, labels = "pretrain" if s.task == "mlm" else s.task, getattr(data, "labels", ())
+        what = dict(task=task, labels=labels, pad_token_id=pad_id(data.tokenizer))
+        if s.task == "mlm":  # so that the two losses count as much as each other, as in the paper
+            what["next_weight"] = data.masked_per_pair
+        config = BERTConfig(vocab_size, width, layers, heads, 4 * width, s.seq_len, dropout=dropout, **what)
+        return BERT(config, attention=attention)
+    config = TransformerConfig(vocab_size, width, heads, layers, layers, 4 * width, dropout, s.seq_len + 1, norm="pre",
+                               bos_token_id=eos_id, eos_token_id=eos_id)  # fmt: skip
+    return Transformer(config, attention=attention)
 
 
-def load_model(folder, what="--base"):
-    """-> (model, tokenizer or None) of a model's folder, or of an adapter's folder together with its base."""
+def load_model(folder, what="--base", task=None, labels=None):
+    """-> (model, tokenizer or None) of a model's folder, or of an adapter's folder together with its base.
+
+    task, labels: for a BERT, whose head of another task gives way to a new one."""
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
         named = Path(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "?")
         base = named if named.is_dir() else folder.parent / named.name  # the second: both were moved together
-        model, tokenizer = load_model(base, f"the base of {folder},")
-        was = read_json(folder / "args.json").get("base_sha256") if (folder / "args.json").exists() else None
-        if was not in (None, identity_of(base)):
+        run = read_json(folder / "args.json") if (folder / "args.json").exists() else {}
+        own = run.get("settings", {}).get("task")
+        model, tokenizer = load_model(base, f"the base of {folder},", own, run.get("labels"))
+        if run.get("base_sha256") not in (None, identity_of(base)):
             raise ValueError(f"{what} {folder}: its base {base} has changed since the adapter was trained")
         load_lora(model, folder)
         return model, tokenizer
@@ -319,11 +328,16 @@ def load_model(folder, what="--base"):
         why = "holds no config.json" if folder.is_dir() else "is no folder"
         raise ValueError(f"{what} {folder}: {why}; wanted the output folder of a run, or a model in the same layout")
     kind = read_json(folder / "config.json").get("model_type")
-    if kind == "gpt2":
-        return GPT.from_pretrained(folder, attention=attention), Tokenizer.load(folder)
+    if kind not in KINDS:
+        raise ValueError(f"{what} {folder}: model_type {kind!r} is not supported; wanted one of {', '.join(KINDS)}")
     if kind == "vae":
         return VAE.from_pretrained(folder), None
-    raise ValueError(f"{what} {folder}: model_type {kind!r} is not supported; wanted gpt2 or vae")
+    if kind == "rnn":
+        return RNN.from_pretrained(folder), Tokenizer.load(folder)
+    how = {"attention": attention}
+    if kind == "bert":
+        how |= dict(task="pretrain" if task == "mlm" else task, labels=labels)
+    return MODELS[KINDS[kind]].from_pretrained(folder, **how), Tokenizer.load(folder)
 
 
 def identity_of(folder):
@@ -333,11 +347,53 @@ def identity_of(folder):
 
 
 def adapt(s, model):
-    target = s.target.split(",") if "," in s.target and "{" not in s.target else s.target
-    try:
-        add_lora(model, s.rank, s.alpha, s.lora_dropout, target, rslora=s.rslora, dora=s.dora)
-    except ValueError as error:
-        raise ValueError(f"--rank {s.rank} --target {s.target}: {error}") from None
+    """LoRA or freezing, in place."""
+    if s.finetune == "lora":
+        target = s.target.split(",") if "," in s.target and "{" not in s.target else s.target
+        try:
+            add_lora(model, s.rank, s.alpha, s.lora_dropout, target, rslora=s.rslora, dora=s.dora)
+        except ValueError as error:
+            raise ValueError(f"--rank {s.rank} --target {s.target}: {error}") from None
+        for name in HEADS:
+            if hasattr(model, name):
+                getattr(model, name).requires_grad_(True)
+        lora_parameters(model)  # refuses what could not be saved: a head that is adapted and trains in full as well
+    if s.finetune == "freeze":
+        # What stands above the blocks trains too, but no embedding: nor a head tied to it, which would move the input.
+        stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+        below = {p for stack in stacks for block in stack[: -s.top] for p in block.parameters()}
+        below |= {p for name, p in model.named_parameters() if "embed" in name}
+        below |= {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        for p in model.parameters():
+            p.requires_grad_(p not in below)
+
+
+@torch.no_grad()
+def renew(model):
+    """Makes a pretrained BERT as quick to learn a task as a new one; what its encoder computes stays the same.
+
+    The LayerNorm after the embeddings takes away their scale, so they may be as small as new ones, for which a step is
+    long. The pooler, which has learnt of next sentences, begins anew (Zhang et al. 2020, 2006.05987)."""
+    embeddings = [m.weight for m in model.bert.embeddings.children() if isinstance(m, nn.Embedding)]
+    scale = 0.02 / embeddings[0].std()
+    for weight in embeddings:
+        weight *= scale
+    if hasattr(model.bert, "pooler"):
+        nn.init.normal_(model.bert.pooler.dense.weight, std=0.02)
+        nn.init.zeros_(model.bert.pooler.dense.bias)
+
+
+def student_of(s, teacher):
+    """A model like the teacher with fewer blocks, which are some of the teacher's."""
+    names = ("n_layer", "num_hidden_layers", "n_encoder", "n_decoder")
+    depth = {name: getattr(teacher.config, name) for name in names if hasattr(teacher.config, name)}
+    if s.student_layers and s.student_layers > min(depth.values()):
+        raise ValueError(f"--student-layers {s.student_layers}: wanted at most the teacher's {min(depth.values())}")
+    config = dataclasses.replace(teacher.config, **{k: s.student_layers or max(1, n // 2) for k, n in depth.items()})
+    student = type(teacher)(config, **({} if s.model == "rnn" else {"attention": attention}))
+    taken = skip_layers(teacher, student)
+    print("student: blocks " + "; ".join(f"{', '.join(map(str, blocks))} of {name}" for name, blocks in taken.items()))
+    return student
 
 
 def save_model(s, model, folder):
@@ -349,9 +405,42 @@ def save_model(s, model, folder):
 
 def optimizer_of(s, model):
     if s.optimizer == "muon":
-        return Muon(muon_groups(model, s.weight_decay), lr=s.lr)
+        heads = ("lm_head", *HEADS, "seq_relationship")
+        return Muon(muon_groups(model, s.weight_decay, heads), lr=s.lr)
     groups = decay_groups(model, s.weight_decay)
     return AdamW(groups, lr=s.lr, betas=(0.9, 0.95)) if s.optimizer == "adamw" else SGD(groups, lr=s.lr, momentum=0.9)
+
+
+def objective(s, model, teacher, data):
+    """What training minimises: a callable like model.loss."""
+    smoothing = {"label_smoothing": s.label_smoothing} if s.label_smoothing else {}
+    if teacher is not None:
+        teacher.to(s.device).eval().requires_grad_(False)
+        how = dict(temperature=s.distill_temperature, **weights_of(s), **smoothing)
+        # The cosine is summed over hidden states, of which there are more than targets: in the paper's balance of
+        # means it weighs n / M of that. The first batch's n / M serves for all, as a ratio of each batch's own would
+        # make the gradient depend on how a batch is split.
+        _, targets, hidden = loss_on(s, torch.no_grad()(teacher.outputs), data.batch(0))
+        how["cosine"] *= float((targets != -100).sum()) / max(len(hidden), 1)
+
+        def loss(**batch):
+            with torch.no_grad():
+                known = teacher.outputs(**batch)
+            return distillation_loss(model.outputs(**batch), known, **how)
+
+        return loss
+    if s.adversarial == "rdrop":
+        return lambda **batch: adversarial.r_drop(lambda: model.outputs(**batch), **smoothing)
+    return functools.partial(model.loss, **smoothing)
+
+
+def attack_of(s, model):
+    """backward -> (loss_sum, n): how --adversarial runs a microbatch, by default once."""
+    attack = {"fgm": adversarial.fgm, "pgd": adversarial.pgd, "freelb": adversarial.free_lb}.get(s.adversarial)
+    if attack is None:
+        return lambda backward: backward(1.0)
+    name = EMBEDDINGS[s.model]
+    return lambda backward: attack(backward, model.get_submodule(name), epsilon=s.epsilon)
 
 
 def count(model):
@@ -360,35 +449,22 @@ def count(model):
     return sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
 
 
-def write_json(path, value):
-    write_beside(path, lambda beside: beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
-
-
-def read_json(path):
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("no object")
-        return value
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as a JSON object ({error})") from None
-
-
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def evaluate(s, model, data):
-    """-> {"val_loss": nats per token or image} and, for text, "bits_per_byte", on the same rows at every call."""
-    training, total, terms, n_bytes = model.training, 0.0, 0, 0
+    """-> {"val_loss": nats per token, label or image} and the task's scores, on the same rows at every call."""
+    training, total, terms = model.training, 0.0, 0
     model.eval()
     with torch.random.fork_rng():  # a VAE draws latents here: the same ones each time, and none of training's
         torch.manual_seed(s.seed)
         for batch in data.validation():
             loss_sum, n = loss_on(s, model.loss, batch)
-            total, terms, n_bytes = total + float(loss_sum), terms + int(n), n_bytes + data.count_bytes(**batch)
+            total, terms = total + float(loss_sum), terms + int(n)
+        scores = {"val_loss": total / max(terms, 1)} | data.scores(model, total)
     model.train(training)
-    return {"val_loss": total / max(terms, 1)} | ({"bits_per_byte": total / math.log(2) / n_bytes} if n_bytes else {})
+    return scores
 
 
 def loss_on(s, loss, batch):
@@ -396,37 +472,43 @@ def loss_on(s, loss, batch):
         return loss(**{name: tensor.to(s.device) for name, tensor in batch.items()})
 
 
+def better(s, scores, best):
+    name = TASKS[s.task].best
+    if best is None:
+        return True
+    return scores[name] < best[name] if name.endswith("loss") else scores[name] > best[name]
+
+
 def describe(scores):
-    bits = f", {scores['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in scores else ""
-    return f"validation loss {scores['val_loss']:.4f}{bits}"
-
-
-def continue_text(s, model, tokenizer, prompt):
-    """Yields the pieces of a continuation, drawn with a generator of its own: a sample does not move training's."""
-    generator = torch.Generator(s.device).manual_seed(s.seed)
-    how = dict(temperature=s.temperature, top_p=s.top_p, generator=generator)
-    return stream_text(model, tokenizer, prompt, s.new_tokens, **how)
+    words = {
+        "val_loss": "validation loss",
+        "f1": "F1",
+        "macro_f1": "macro F1",
+        "entity_f1": "entity F1",
+        "chrf": "chrF",
+    }
+    told = [(words.get(name, name.replace("_", " ")), value) for name, value in scores.items() if name != "sample"]
+    return ", ".join(
+        f"{value:.4f} {name}" if name == "bits per byte" else f"{name} {value:.4f}" for name, value in told
+    )
 
 
 def peak_memory_mb(s):
-    if s.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource  # Unix; there ru_maxrss counts KiB, on macOS bytes
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return torch.cuda.max_memory_allocated() / 2**20 if s.device.startswith("cuda") else runs.peak_memory_mb()
 
 
 # --- loop -------------------------------------------------------------------------------------------------------------
 
 
-def fit(s, model, data, folder, resume, record):
-    """Trains to s.steps, or until patience runs out, and returns the progress. Keeps the best model by validation loss
+def fit(s, model, data, teacher, folder, resume, record):
+    """Trains to s.steps, or until patience runs out, and returns the progress. Keeps the best model by the task's score
     in `folder` and the last state in `folder/state`; record(status, progress) writes args.json."""
     from tqdm import tqdm
 
     optimizer = optimizer_of(s, model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss = torch.compile(model.loss) if s.compile else model.loss
+    loss, attack = objective(s, model, teacher, data), attack_of(s, model)
+    loss = torch.compile(loss) if s.compile else loss
     # The loss is a sum and its gradients larger than usual: start lower, the scaler finds the rest by itself.
     scale = 2.0**16 / (s.batch_size * (s.seq_len or 1))
     scaler = torch.amp.GradScaler(s.device.split(":")[0], init_scale=scale, enabled=s.dtype == "float16")
@@ -454,10 +536,18 @@ def fit(s, model, data, folder, resume, record):
         os.replace(fresh, checkpoint)
         record(status, saved)
 
+    def backward(batch, weight):
+        loss_sum, n = loss_on(s, loss, batch)
+        scaler.scale(weight * loss_sum).backward()
+        return loss_sum.detach(), n
+
     keep(save())  # before the first step too: from now on the run can be killed at any moment and resumed
     saved, seen, busy, last, sound, told = None, 0, 0.0, False, True, time.perf_counter()
     model.train()
-    with noted_signals() as signals, tqdm(total=s.steps, initial=progress["step"], disable=None, unit="step") as bar:
+    with (
+        runs.noted_signals() as signals,
+        tqdm(total=s.steps, initial=progress["step"], disable=None, unit="step") as bar,
+    ):
         while progress["step"] < s.steps and not last:
             step, begun = progress["step"], time.perf_counter()
             lr = s.lr * cosine_schedule(step, s.steps, s.warmup)
@@ -465,14 +555,15 @@ def fit(s, model, data, folder, resume, record):
                 group["lr"] = lr
             total, terms = 0.0, 0
             for index in range(step * s.grad_accum, (step + 1) * s.grad_accum):
-                loss_sum, n = loss_on(s, loss, data.batch(index))
-                scaler.scale(loss_sum).backward()
-                total, terms = total + float(loss_sum.detach()), terms + int(n)
+                loss_sum, n = attack(functools.partial(backward, data.batch(index)))
+                total, terms = total + float(loss_sum), terms + int(n)
             if terms:  # with nothing to learn from, not even the decay is applied
                 scaler.unscale_(optimizer)
                 for p in parameters:
                     if p.grad is not None:
                         p.grad.div_(terms)  # once, by the terms of all microbatches: any split gives the same gradient
+                        if s.l1 and p.dim() > 1:
+                            p.grad.add_(p.detach().sign(), alpha=s.l1)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf)
                 # A float16 gradient may overflow: then the scaler skips the step and lowers its scale.
                 sound = math.isfinite(total) and (scaler.is_enabled() or bool(norm.isfinite()))
@@ -492,7 +583,7 @@ def fit(s, model, data, folder, resume, record):
                 sound = math.isfinite(scores["val_loss"])
                 if not sound:
                     break
-                gained = progress["best"] is None or scores["val_loss"] < progress["best"]["val_loss"]
+                gained = better(s, scores, progress["best"])
                 progress["without_gain"] = 0 if gained else progress["without_gain"] + 1
                 if gained:
                     progress["best"], progress["best_step"] = scores, step + 1
@@ -502,8 +593,8 @@ def fit(s, model, data, folder, resume, record):
                     bar.write(f"stopped early at step {step + 1}: {s.patience} evaluations without gain")
             if scores or (step + 1) % s.log_every == 0:
                 elapsed, rate, memory = time.perf_counter() - started, seen / busy, peak_memory_mb(s)
-                entry = dict(step=step + 1, loss=total / max(terms, 1), val_loss=scores.get("val_loss"), lr=lr,
-                             tokens_per_s=rate, elapsed_s=elapsed, peak_memory_mb=memory)  # fmt: skip
+                entry = dict(step=step + 1, loss=total / max(terms, 1), val_loss=None, lr=lr, tokens_per_s=rate,
+                             elapsed_s=elapsed, peak_memory_mb=memory) | scores  # fmt: skip
                 with open(metrics, "a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")
                 text = f"loss {entry['loss']:.3f}, lr {lr:.1e}, {rate:,.0f} {data.unit}/s, {memory:,.0f} MB"
@@ -539,24 +630,6 @@ def fit(s, model, data, folder, resume, record):
     return progress
 
 
-@contextlib.contextmanager
-def noted_signals():
-    """Yields a list that SIGINT and SIGTERM are noted in, instead of ending the program; the second ends it."""
-    signals = []
-
-    def note(number, frame):
-        if signals:
-            raise KeyboardInterrupt
-        signals.append(number)
-
-    handlers = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        yield signals
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
-
-
 def sample(s, model, data, folder, title):
     """Samples into samples.txt; returns the sample."""
     model.eval()
@@ -567,47 +640,70 @@ def sample(s, model, data, folder, title):
     return text
 
 
-def plot(folder):
-    """metrics.jsonl -> loss.png"""
-    import matplotlib
-
-    matplotlib.use("Agg")  # needs no display
-    from matplotlib import pyplot
-
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    scored = [row for row in rows if row["val_loss"] is not None]
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], label="training")
-    axes.plot([row["step"] for row in scored], [row["val_loss"] for row in scored], "o-", label="validation")
-    axes.set(xlabel="step", ylabel="loss, nats", title=str(folder))
-    axes.legend()
-    write_beside(folder / "loss.png", lambda beside: figure.savefig(beside, format="png", bbox_inches="tight"))
-    pyplot.close(figure)
-
-
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 RUN_FILES = ["args.json", "metrics.jsonl", "state", "config.json", "model.safetensors", "tokenizer.json", "loss.png",
-             "samples.txt", "adapter_config.json", "adapter_model.safetensors", "reconstructions.png", "samples.png",
-             "walk.png"]  # fmt: skip
+             "metrics.json", "samples.txt", "adapter_config.json", "adapter_model.safetensors", "reconstructions.png",
+             "samples.png", "walk.png"]  # fmt: skip
 
 
-def newest(root, wanted):
-    """The newest run under `root` whose args.json `wanted` accepts, or None."""
-    runs = []
-    for path in Path(root).glob("*/args.json"):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # another program's args.json is no run of ours
-            if wanted(read_json(path)):
-                runs.append((path.stat().st_mtime, path.parent))
-    return max(runs)[1] if runs else None
+def folder_of(s):
+    """The name of a run's folder under out/: its model, or its task if the model does not imply that."""
+    return (s.model if s.task == TASK_OF[s.model] else s.task) + (f"-{s.finetune}" if s.finetune else "")
 
 
-def pretrained(s, status):
-    """The newest pretrained model of the wanted kind beside --out, or None."""
-    wanted = (s.model, None, status)
-    return newest(
-        Path(s.out).parent, lambda of: (of["settings"]["model"], of["settings"]["finetune"], of["status"]) == wanted
-    )
+def finished(s, status="finished"):
+    """The newest run beside --out that has what s builds on, or None: a teacher of the task for distillation, else a
+    pretrained model, which for a task of BERT is one of masked words."""
+    task, methods = s.task, (None,)
+    if s.finetune == "distill" and task in FIELDS:
+        methods = (None, "full", "freeze", "lora")
+    elif s.model == "bert" and task in FIELDS:
+        task = "mlm"
+
+    def wanted(run):
+        of = run["settings"]
+        return (of["model"], of["task"], run["status"]) == (s.model, task, status) and of["finetune"] in methods
+
+    return newest(Path(s.out).parent, wanted)
+
+
+def find_base(s):
+    """The newest finished model that s builds on; without one, trains it first, or goes on with that."""
+    root, base = Path(s.out).parent, finished(s)
+    if base is None:
+        same = "model size tokenizer vocab_size cell latent reconstruction beta seed device dtype threads".split()
+        new = Settings(**{name: getattr(s, name) for name in same}, task="mlm" if s.model == "bert" else s.task)
+        if s.finetune == "distill" and s.task in FIELDS and s.model == "bert":
+            new.task, new.finetune, new.data = s.task, "full", s.data
+        elif new.task in FIELDS:
+            new.data = s.data
+        elif s.model != "vae":
+            new.seq_len, new.dropout = s.seq_len, s.dropout
+        complete(new)
+        new.out = str(root / folder_of(new))
+        if s.model != "vae" and s.finetune in ("lora", "freeze"):  # what cannot be adapted is better known before
+            with torch.device("meta"):
+                adapt(s, new_model(new, Blank(s.vocab_size)))
+        unfinished = finished(s, "unfinished")
+        then = f"going on with {unfinished}" if unfinished else f"training one first, into {new.out}"
+        print(f"no finished model to build on under {root}/: {then}")
+        base = resume_run(unfinished, new, ()) if unfinished else run(new)
+        print()
+    print(f"base: {base}")
+    return str(base)
+
+
+class Blank:
+    """Stands for data and tokenizer where only the sizes of a model are asked for."""
+
+    labels, eos_id, masked_per_pair = ("a", "b"), 0, 1.0
+
+    def __init__(self, vocab_size):
+        self.vocab_size, self.tokenizer = vocab_size, self
+
+    def token_to_id(self, token):
+        return 0
 
 
 def check_free(s, out):
@@ -622,59 +718,58 @@ def check_free(s, out):
         raise ValueError(f"--out {out}: holds {what}; wanted --overwrite to replace it, or another --out")
 
 
-def clear(out, but=()):
-    """Removes a run's files, args.json first, and nothing else that may be in the folder."""
-    for path in (out / name for name in RUN_FILES if name not in but):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def find_base(s):
-    """The newest finished pretrained model beside --out; without one, pretrains it first, or finishes that."""
-    root, base = Path(s.out).parent, pretrained(s, "finished")
-    if base is None:
-        if s.finetune == "lora" and s.model == "gpt":  # what cannot be adapted is better known before than after
-            layers, heads, width = SIZES[s.size]
-            with torch.device("meta"):
-                adapt(s, GPT(GPTConfig(s.vocab_size, s.seq_len or 256, width, layers, heads)))
-        unfinished = pretrained(s, "unfinished")
-        then = f"going on with {unfinished}" if unfinished else "pretraining one first"
-        print(f"no finished pretrained model under {root}/: {then}")
-        same = "model size tokenizer vocab_size seq_len dropout latent reconstruction beta seed device dtype threads"
-        new = Settings(**{name: getattr(s, name) for name in same.split()}, out=str(root / s.model))
-        base = resume_run(unfinished, new, ()) if unfinished else run(complete(new))
-        print()
-    print(f"base: {base}")
-    return str(base)
-
-
 def set_up(s, folder, resume=False):
-    """-> (model, data). A new run cuts its token files into `folder`; a resumed one finds them there."""
-    model = tokenizer = None
+    """-> (model, data, teacher or None). A new run prepares its data in `folder`; a resumed one finds it there."""
+    known = tokenizer = teacher = None
     if s.finetune:
-        if (Path(s.base) / "adapter_config.json").exists():
+        if s.finetune != "distill" and (Path(s.base) / "adapter_config.json").exists():
             raise ValueError(f"--base {s.base}: is an adapter; to build on it: python train.py --merge --base {s.base}")
-        model, tokenizer = load_model(s.base)
-        if not isinstance(model, GPT if s.model == "gpt" else VAE):
+        known, tokenizer = load_model(s.base)
+        if type(known) is not MODELS[s.model]:
             raise ValueError(f"--base {s.base}: holds another kind of model; wanted --model to name it")
     (folder / "state").mkdir(parents=True, exist_ok=True)
-    if s.model == "gpt":
-        context = model.config.n_positions if model else s.seq_len or 256
-        s.seq_len = s.seq_len or context
-        if s.seq_len > context:
+    if s.task != "images":
+        context = context_of(known) if known else None
+        s.seq_len = s.seq_len or min(RECIPES[s.model, s.task][0]["seq_len"], context or 10**9)
+        if context and s.seq_len > context:
             raise ValueError(f"--seq-len {s.seq_len}: longer than the context of {s.base}, {context} tokens")
-        tokenizer = Tokenizer.load(folder) if resume else prepare_text(s, folder / "state", tokenizer)
+        if resume:
+            tokenizer = Tokenizer.load(folder)
+        else:
+            prepare = prepare_rows if s.task in FIELDS else prepare_text
+            tokenizer = prepare(s, folder / "state", tokenizer)
         tokenizer.save(folder)
-    data = Text(s, folder / "state", tokenizer) if s.model == "gpt" else Images(s)
+    data = load_data(s, folder / "state", tokenizer)
     torch.manual_seed(s.seed)
-    model = model or new_model(s, data)
-    if s.finetune == "lora":
-        adapt(s, model)
+    if s.finetune == "distill":
+        teacher = known
+        of = "pretrain" if s.task == "mlm" else s.task
+        if s.model == "bert" and (teacher.config.task, *teacher.config.labels) != (of, *getattr(data, "labels", ())):
+            raise ValueError(f"--teacher {s.base}: was trained for {teacher.config.task}, or on other labels; wanted "
+                             f"{of} on the labels of --data")  # fmt: skip
+        model = student_of(s, teacher)
+    elif known and s.model == "bert":
+        model, _ = load_model(s.base, task=s.task, labels=getattr(data, "labels", None))
+        if s.finetune == "full" and s.task in FIELDS:
+            renew(model)
+    else:
+        model = known or new_model(s, data)
+    if s.finetune and s.dropout is not None and s.model != "vae":
+        model.config.dropout = s.dropout
+    adapt(s, model)
     model.to(s.device)
     every, trained = count(model)
     why = fused.why_not(*[torch.empty(1, 1, 1, 8, device=s.device, dtype=getattr(torch, s.dtype))] * 3)
-    how = f"; attention: {f'plain PyTorch ({why})' if why else 'fused'}" if s.model == "gpt" else ""
+    how = f"; attention: {f'plain PyTorch ({why})' if why else 'fused'}" if s.model not in ("vae", "rnn") else ""
     print(f"model: {every:,} parameters, {trained:,} trained ({trained / every:.1%}); {s.device}, {s.dtype}{how}")
-    return model, data
+    return model, data, teacher
+
+
+def context_of(model):
+    """The most tokens that a model can read, or None where there is no limit."""
+    config = model.config
+    context = getattr(config, "n_positions", getattr(config, "max_position_embeddings", None))
+    return config.max_len - 1 if hasattr(config, "max_len") else context  # a target has one token more
 
 
 def run(s, resume=False):
@@ -683,40 +778,57 @@ def run(s, resume=False):
     if not resume:
         check_free(s, out)
         if s.finetune:
+            if s.task in FIELDS and not s.base:
+                rows_of(s)  # what is wrong with them is better known before the base is trained
             s.base = s.base or find_base(s)
             if out.resolve() == Path(s.base).resolve():
                 raise ValueError(f"--out {out}: is --base too; wanted another folder")
     identity = identity_of(s.base) if s.finetune else None
+    labels = ()
 
     def record(status, progress, folder=out):
-        note = dict(status=status, **progress, base_sha256=identity, torch=torch.__version__)
+        note = dict(status=status, **progress, base_sha256=identity, labels=labels, torch=torch.__version__)
         write_json(folder / "args.json", dict(settings=dataclasses.asdict(s), **note))
 
     if resume:
         if read_json(out / "args.json").get("base_sha256") != identity:
             raise ValueError(f"--resume {out}: {s.base}/model.safetensors is no longer what the run began with")
-        model, data = set_up(s, out, resume=True)
+        model, data, teacher = set_up(s, out, resume=True)
+        labels = getattr(data, "labels", ())
     else:  # set up beside --out, in the nearest folder that exists: what is there stays until that has worked
         place = next(parent for parent in out.absolute().parents if parent.is_dir())
         beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
         try:
-            model, data = set_up(s, beside)
+            model, data, teacher = set_up(s, beside)
+            labels = getattr(data, "labels", ())
             record("begun", {"step": 0}, beside)
             out.mkdir(parents=True, exist_ok=True)
-            clear(out)
+            runs.clear(out, RUN_FILES)
             for path in sorted(beside.iterdir()):  # args.json first
                 os.replace(path, out / path.name)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+        data.folder = out / "state"  # where its files lie now
 
-    progress = fit(s, model, data, out, resume, record)
-    plot(out)
+    progress = fit(s, model, data, teacher, out, resume, record)
+    runs.plot(out)
     after, before = sample(s, model, data, out, "after training"), progress["before"]
+    best = {name: value for name, value in progress["best"].items() if name != "sample"}
+    others = report(s, out, best, data)
     print(f"\nbefore: {describe(before)}\n{before['sample']}\n")
-    print(f"after: {describe(progress['best'])}, step {progress['best_step']}\n{after}\n")
+    print(f"after: {describe(best)}, step {progress['best_step']}\n{after}\n")
+    for name, scores in others.items():
+        print(f"baseline, {name}: {describe(scores)}")
     seconds = f"{progress['elapsed']:.0f} s, {time.perf_counter() - started:.0f} s with all set-up"
     print(f"{out}: {count(model)[1]:,} parameters trained in {seconds}")
     return out
+
+
+def report(s, folder, scores, data):
+    """Writes metrics.json, the scores of the model beside the baselines', which it returns."""
+    others = data.baselines()
+    write_json(folder / "metrics.json", {"task": s.task, "data": s.data, **scores, "baselines": others})
+    return others
 
 
 def resume_run(name, changed, given):
@@ -751,22 +863,38 @@ def load_for(action, s):
     if folder is None:
         raise ValueError(f"{action}: no finished run under out/; wanted --base")
     model, tokenizer = load_model(folder)
-    s.model = "vae" if tokenizer is None else "gpt"
-    if (folder / "args.json").exists():
-        of_run = read_json(folder / "args.json")["settings"]
-        s.finetune, s.data, s.seq_len = of_run["finetune"], s.data or of_run["data"], s.seq_len or of_run["seq_len"]
-    if s.model == "gpt":
-        s.seq_len = s.seq_len or model.config.n_positions
-        if s.seq_len > model.config.n_positions:
-            raise ValueError(f"--seq-len {s.seq_len}: the context of {folder} is {model.config.n_positions} tokens")
+    s.model = next(name for name, kind in MODELS.items() if type(model) is kind)
+    own = getattr(model.config, "task", None)  # a BERT's
+    s.task = ("mlm" if own == "pretrain" else own) or TASK_OF[s.model]
+    of_run = read_json(folder / "args.json")["settings"] if (folder / "args.json").exists() else {}
+    s.data, s.seq_len = s.data or of_run.get("data"), s.seq_len or of_run.get("seq_len")
+    context = context_of(model) if s.model != "vae" else None
+    if s.seq_len and context and s.seq_len > context:
+        raise ValueError(f"--seq-len {s.seq_len}: the context of {folder} is {context} tokens")
+    s.seq_len = s.seq_len or context
+    s.finetune = s.base = None  # nothing of them matters from here on
     return folder, model.to(complete(s).device).eval(), tokenizer
 
 
 def write_text(action, s, prompt):
     """--sample and --chat"""
     folder, model, tokenizer = load_for(action, s)
-    if tokenizer is None:
+    if s.task == "images":
         raise ValueError(f"{action}: {folder} is a VAE, which writes no text; its pictures are in its folder")
+    if s.task != "lm":
+        if action == "--chat":
+            raise ValueError(f"--chat: {folder} was trained for {s.task}; wanted --sample, or a language model")
+        if s.task == "mlm":
+            return print(fill_masks(s, model, tokenizer, prompt))
+        row = {FIELDS[s.task][0]: prompt}
+        if s.task == "tag":
+            row = {"tokens": re.findall(r"\w+|[^\w\s]", prompt)}
+        if s.task == "qa":
+            question, mark, context = prompt.partition("?")
+            if not (mark and context.strip()):
+                raise ValueError(f"--sample {prompt!r:.60}: wanted a question that ends in '?' and, after it, a text")
+            row = {"question": question + mark, "context": context.strip()}
+        return print(show(s.task, row, *predict(s, model, tokenizer, [row])))
     if action == "--chat":
         print(f"{folder} goes on with what you write; an empty line ends")
     text = prompt if action == "--sample" else ""
@@ -802,26 +930,36 @@ def score(action, s, given):
         if out.resolve() in (folder.resolve(), Path(base).resolve()):
             raise ValueError(f"--out {out}: is the adapter or its base; wanted another folder")
     with tempfile.TemporaryDirectory() as temporary:
-        own = folder / "state"
-        if tokenizer and ("data" in given or not (own / "val.npy").exists()):
-            own = Path(temporary)
-            prepare_text(s, own, tokenizer)
-        data = Text(s, own, tokenizer) if tokenizer else Images(s)
-        print(f"{folder}: {describe(evaluate(s, model, data))}")
-        if action == "--merge":
+        own, kept = folder / "state", "val.jsonl" if s.task in FIELDS else "val.npy"
+        other = "data" in given or not (own / kept).exists()
+        if s.task in FIELDS:
+            labels = getattr(model.config, "labels", ())
+            rows = rows_to_score(s, labels) if other else read_rows(own / kept)
+            data = Labelled(s, tokenizer, read_rows(own / "train.jsonl"), rows, labels)
+        else:
+            if tokenizer and other:
+                own = Path(temporary)
+                prepare_text(s, own, tokenizer)
+            data = load_data(s, own, tokenizer)
+        scores = evaluate(s, model, data)
+        print(f"{folder}: {describe(scores)}")
+        if action == "--eval":
+            for name, others in report(s, folder, scores, data).items():
+                print(f"baseline, {name}: {describe(others)}")
+        else:
             change = merge_lora(model)
             print(f"merged: {describe(evaluate(s, model, data))}; the largest change of a weight is {change:.3g}")
             out.mkdir(parents=True, exist_ok=True)
             model.save_pretrained(out)
             if tokenizer:
                 tokenizer.save(out)
-            clear(out, but=("model.safetensors", "config.json", "tokenizer.json"))
-            print(f"next: python train.py --base {out} {'--chat' if tokenizer else '--eval'}")
+            runs.clear(out, RUN_FILES, but=("model.safetensors", "config.json", "tokenizer.json"))
+            print(f"next: python train.py --base {out} {'--chat' if s.task == 'lm' else '--eval'}")
 
 
 def dry_run(s):
     if s.finetune and not s.base:
-        base = pretrained(s, "finished")
+        base = finished(s)
         if base is None:
             raise ValueError(f"--finetune {s.finetune}: nothing pretrained under {Path(s.out).parent}/; wanted --base")
         s.base = str(base)
@@ -831,10 +969,11 @@ def dry_run(s):
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(said):
         short = dataclasses.replace(s, out=f"{temporary}/run", steps=3, warmup=0, log_every=1, eval_every=9)
         run(short)
-        last = (Path(short.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[1]  # the third evaluates
+        lines = (Path(short.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     print(*(line for line in said.getvalue().splitlines() if line.startswith(("data:", "model:"))), sep="\n")
-    seconds = s.steps * s.batch_size * s.grad_accum * (short.seq_len or 1) / json.loads(last)["tokens_per_s"]
-    print(f"{s.steps} steps would take {seconds:.0f} s and {peak_memory_mb(s):,.0f} MB; nothing was written")
+    first, second = (json.loads(line)["elapsed_s"] for line in lines[:2])  # the third evaluates
+    print(f"{s.steps} steps would take {s.steps * (second - first):.0f} s and {peak_memory_mb(s):,.0f} MB; "
+          "nothing was written")  # fmt: skip
 
 
 def main(argv=None):
@@ -860,16 +999,26 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted; a run that had begun goes on with --resume", file=sys.stderr)
         raise SystemExit(130) from None
-    s = Settings(**read_json(out / "args.json")["settings"])
+    what_next(Settings(**read_json(out / "args.json")["settings"]), out)
+
+
+def what_next(s, out):
+    """Names the commands that suit a finished run."""
     beside = f" --base {out}" if out.parent != Path("out") else ""
-    if s.model == "vae":
-        print(f"next: look at the pictures in {out}, then: python train.py --model vae --latent 2 --out {out}-2")
-    elif s.finetune:
-        print(f"next: python train.py --base {out} --sample {json.dumps(s.prompt)}")
-        print(f"      python train.py --base {out} " + ("--merge" if s.finetune == "lora" else "--chat"))
+    if s.task == "images":
+        return print(f"next: look at the pictures in {out}, then: python train.py --model vae --latent 2 --out {out}-2")
+    asked = {"classify": "Open a file.", "tag": "x = 'a for b'", "seq2seq": "Open a file."}.get(s.task, s.prompt)
+    asked = "Who wrote it? It was written by Ada." if s.task == "qa" else asked
+    print(f"next: python train.py --base {out} --sample {json.dumps(asked)}")
+    if s.finetune == "lora":
+        print(f"      python train.py --base {out} --merge")
+    elif s.task == "mlm":
+        print(f"      python train.py --task classify --finetune full{beside}")
+    elif s.task == "lm":
+        print(f"      python train.py --base {out} --chat" if s.finetune else
+              f"      python train.py --model {s.model} --finetune lora{beside}")  # fmt: skip
     else:
-        print(f"next: python train.py --base {out} --sample {json.dumps(s.prompt)}")
-        print(f"      python train.py --finetune lora{beside}")
+        print(f"      python train.py --base {out} --eval")
 
 
 if __name__ == "__main__":

@@ -173,6 +173,10 @@ class GPT(nn.Module):
         cache: None, or a list that the caller owns: `[]` at first; each call extends its one (k, v) per layer, each
         (B, H, S, D), and takes positions from their length on. Raises ValueError when S > n_positions.
         """
+        return self.lm_head(self.hidden(ids, cache))  # (B,T,C) x (V,C) -> (B,T,V)
+
+    def hidden(self, ids, cache=None):
+        """What the head reads, (B, T, C); arguments as in `forward`."""
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}: wanted token ids of shape (batch, tokens)")
         past, T, P = cache[0][0].size(2) if cache else 0, ids.size(1), self.config.n_positions
@@ -183,22 +187,24 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cache, layer)
-        return self.lm_head(self.transformer.ln_f(x))  # (B,T,C) x (V,C) -> (B,T,V)
+        return self.transformer.ln_f(x)
 
-    def loss(self, ids, labels=None):
-        """Cross-entropy summed over the next tokens (nats, float32 or wider), and how many were counted (0-dim int64).
+    def outputs(self, ids, labels=None):
+        """What the loss compares: logits (B T, V), targets (B T,), and what the head reads, hidden (B T, C).
 
-        ids: int64 (B, T+1). labels: the same shape, aligned with ids (labels[t] is the token at t); -100 is not
-        counted; default ids. The shift happens here and nowhere else. With nothing to count the sum is 0, not NaN.
-        """
+        ids: int64 (B, T+1). labels: the same shape, aligned with ids (labels[t] is the token at t), -100 where it does
+        not count; default ids. The shift happens here and nowhere else."""
         labels = ids if labels is None else labels
         if labels.shape != ids.shape:
             raise ValueError(f"labels of shape {tuple(labels.shape)}: wanted that of ids, {tuple(ids.shape)}")
-        logits = self(ids[:, :-1])  # (B, T, V)
-        targets = labels[:, 1:]  # (B, T)
-        wide = torch.promote_types(logits.dtype, torch.float32)  # a sum over a batch in bfloat16 keeps three digits
-        logits = logits.flatten(0, 1).to(wide)  # (B T, V)
-        total = F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=-100)
+        hidden = self.hidden(ids[:, :-1]).flatten(0, 1)  # (B T, C)
+        return self.lm_head(hidden), labels[:, 1:].flatten(), hidden
+
+    def loss(self, ids, labels=None, label_smoothing=0.0):
+        """Cross-entropy summed over the next tokens (nats, float32 or wider; 0 of none), and their number (int64)."""
+        logits, targets, _ = self.outputs(ids, labels)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a sum in bfloat16 keeps three digits
+        total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)  # without the -100
         return total, (targets != -100).sum()
 
     @torch.no_grad()
@@ -320,16 +326,10 @@ def _read_config(path):
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)  # so small a model is slower when shared out
-    small = GPTConfig()
-    V, C, P, L = small.vocab_size, small.n_embd, small.n_positions, small.n_layer
-    formula = V * C + P * C + L * (12 * C * C + 13 * C) + 2 * C
     with torch.device("meta"):  # shapes without memory
-        counted = sum(p.numel() for p in GPT(small).parameters())
-    print(f"GPT-2 small: {formula:,} parameters by the formula, {counted:,} built")
-
+        print(f"GPT-2 small: {sum(p.numel() for p in GPT(GPTConfig()).parameters()):,} parameters")
     text = "a model of language gives a number to every next token, and the loss says how surprised it was. " * 2
-    letters = sorted(set(text))
-    ids = torch.tensor([[letters.index(ch) for ch in text]])  # (1, T+1)
+    ids = torch.tensor([[(letters := sorted(set(text))).index(ch) for ch in text]])  # (1, T+1)
     model = GPT(GPTConfig(len(letters), n_positions=256, n_embd=64, n_layer=2, n_head=4, dropout=0.0))
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     print(f"{len(letters)} letters, so knowing nothing costs ln V = {math.log(len(letters)):.4f} nats a token")

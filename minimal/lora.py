@@ -12,24 +12,24 @@ A starts Kaiming-uniform, B at zero and m at the norms of W, so that s B A = 0 a
 exactly the model it was. Merging replaces W by g (W + s B A), after which there is nothing more to compute.
 
 Departures from the papers, and what else to know:
-- A is uniform in +-1/sqrt(C), as in the LoRA authors' code and in PEFT; the paper says Gaussian. DoRA writes "column
-  norms"; its authors' code and PEFT take one norm per output, a row of nn.Linear's (O, C) weight, and so does this.
-  Dropout is on the A path alone; PEFT's DoRA also drops the x in its (g - 1) W x. A, B and m are float32 even if W is
-  half precision (Adam's small steps would round away), float64 if W is.
+- As in the authors' code and in PEFT, A is uniform in +-1/sqrt(C) (the paper says Gaussian), and DoRA's "column norms"
+  are one per output, a row of nn.Linear's (O, C) weight. Dropout is on the A path alone (PEFT's DoRA also drops the x
+  in its (g - 1) W x). A, B and m are at least float32: in half precision Adam's small steps would round away.
 - An adapter is a submodule `lora` of its layer and is called as its forward hook: class and weight names stay. A model
   saved while adapted holds its old weights and, beside them, `<layer>.lora.A` and `.B` (`.m`); load plain weights into
   an adapted model with strict=False. A merged model is plain again: its state_dict is the merged weights alone.
-- A hook acts when the layer is called. nn.MultiheadAttention reads out_proj.weight instead, so that layer is never a
-  target; a module of your own that does so leaves the adapter out, which shows in its gradients: None. A layer used
-  in two places has one adapter, which acts in both (PEFT adapts the first place only).
+- A hook acts when the layer is called. nn.MultiheadAttention reads out_proj.weight instead: that is never a target. In
+  a module of yours that does so, A and B get no gradient. A layer used twice has one adapter (PEFT adapts one place).
+- Whatever else requires a gradient trains in full and is saved with them, by whole modules: PEFT's modules_to_save.
 
-    add_lora(model, rank=8, alpha=16, target=["c_attn", "c_proj"])
+    add_lora(model, rank=8, alpha=16)  # then model.classifier.requires_grad_(True), if there is a fresh head
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-3)  # ... train as ever
     save_lora(model, "adapter")  # in PEFT's format; load_lora(model, "adapter") reads ours and PEFT's
 
 Shapes: C inputs of a layer, O outputs, r rank.
 """
 
+import contextlib
 import json
 import math
 import pathlib
@@ -72,9 +72,7 @@ class LoRA(nn.Module):
         x = F.dropout(args[0].to(self.A.dtype), self.dropout, self.training)
         delta = F.linear(F.linear(x, self.A), self.B) * self.scale  # (..., C) -> (..., r) -> (..., O)
         if self.m is not None:
-            with torch.no_grad():  # the norm is a constant to the gradient
-                norm = self.norm(self.V(_weight(layer)))
-            g = self.m / norm  # (O,)
+            g = self.m / self.norm(self.V(_weight(layer))).detach()  # (O,); the norm is a constant to the gradient
             Wx = out.to(g.dtype) if layer.bias is None else out.to(g.dtype) - layer.bias.to(g.dtype)
             delta = (g - 1) * Wx + g * delta  # y - (W x + b)
         return (out + delta).to(out.dtype)  # added in the wider of the two dtypes, rounded once
@@ -98,7 +96,7 @@ def _weight(layer):
 
 
 def _plain(name):
-    return name.replace("_orig_mod.", "")  # which torch.compile puts in front
+    return f"{name}.".replace("_orig_mod.", "")[:-1]  # which torch.compile puts between
 
 
 def _layers(model):  # every layer that can be adapted, by name
@@ -118,48 +116,52 @@ def _adapted(model, merged=None):
     return layers
 
 
+def _whole(model, layers, names=None):
+    """Names of the modules that train in full beside the adapters of these layers (or names given), and the tensors of
+    every module without adapters whose name ends so: as PEFT reads a name."""
+    modules = {_plain(n): m for n, m in model.named_modules(remove_duplicate=False) if not isinstance(m, LoRA)}
+    holders = {n for n, m in modules.items() if not layers.isdisjoint(m.modules())}
+    if names is None:
+        names = [n for n, m in modules.items() if any(p.requires_grad for p in m.parameters(recurse=False))]
+        if both := holders.intersection(names):
+            raise ValueError(f"module {min(both)!r} holds adapters and trains in full; wanted one of the two")
+    return names, {_plain(f"{n}.{key}"): tensor for n in modules if n.endswith(tuple(names)) and n not in holders
+                   for key, tensor in modules[n].state_dict(keep_vars=True).items()}  # fmt: skip
+
+
 def _one_of(names):
     return ", ".join(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))  # h.0.fc, h.1.fc -> h.*.fc
-
-
-def _select(model, target):
-    layers, names, missing = _layers(model), set(), []
-    if target == "all-linear":
-        heads = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
-        tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        names = {n for n, m in layers.items() if not any(m is head for head in heads) and id(m.weight) not in tied
-                 and n.split(".")[-1] not in ("lm_head", "head", "classifier", "score")}
-    else:
-        for entry in [target] if isinstance(target, str) else target:
-            try:
-                hits = {n for n in layers if f".{n}".endswith(f".{entry}")}
-                hits = hits or {n for n in layers if re.fullmatch(entry, n)}
-            except re.error:  # no regular expression either
-                hits = set()
-            missing += [] if hits else [entry]
-            names |= hits
-    if missing or not names:
-        raise ValueError(f"target={missing or target} matches no linear layer; wanted some of: {_one_of(layers)}")
-    return [n for n in layers if n in names]
 
 
 def add_lora(model, rank=8, alpha=16, dropout=0.0, target="all-linear", rslora=False, dora=False):
     """Freezes the model and adds an adapter to each target layer, in place; returns the names of these layers.
 
     target: "all-linear", or one or more of: the name of a layer, the end of names ("c_attn", "attn.c_proj"), a regular
-    expression for whole names. It looks at each nn.Linear and each Conv1D of GPT-2 in transformers. "all-linear" leaves
-    the output head out: what get_output_embeddings() returns, a layer that shares its weight with an nn.Embedding, a
-    layer called lm_head, head, classifier or score (a fresh head must learn: turn its requires_grad on again).
-    dropout: the probability, in training, that an element of x does not reach A.
-    ValueError: a target that matches nothing (even one of several), rank < 1 or above a layer's min(C, O), alpha <= 0,
-    dropout outside [0, 1), adapters already there."""
-    layers, names = _layers(model), _select(model, target)
+    expression for whole names. Layers are nn.Linear and, in GPT-2 of transformers, Conv1D. "all-linear" leaves the head
+    out: what get_output_embeddings() returns, what shares its weight with an nn.Embedding, all that is called lm_head,
+    head, classifier, score, qa_outputs, seq_relationship (a fresh head must learn: turn its requires_grad on again).
+    dropout: the probability, in training, that an element of x does not reach A. ValueError: adapters there already, a
+    target that matches nothing (even one of several), rank < 1 or above min(C, O), alpha <= 0, dropout < 0 or >= 1."""
+    layers, names, missing = _layers(model), [], []
+    if target == "all-linear":
+        heads = {id(m.get_output_embeddings()) for m in model.modules() if hasattr(m, "get_output_embeddings")}
+        heads |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # of a tied one
+        called = {"lm_head", "head", "classifier", "score", "qa_outputs", "seq_relationship"}
+        names = [n for n, m in layers.items() if not ({id(m), id(m.weight)} & heads or called & {*n.split(".")})]
+    else:
+        for entry in [target] if isinstance(target, str) else target:
+            hits = {n for n in layers if f".{n}".endswith(f".{entry}")}
+            with contextlib.suppress(re.error):  # no regular expression either
+                hits = hits or {n for n in layers if re.fullmatch(entry, n)}
+            missing += [] if hits else [entry]
+            names = [n for n in layers if n in names or n in hits]
+    if missing or not names:
+        raise ValueError(f"target={missing or target} matches no linear layer; wanted some of: {_one_of(layers)}")
     if any(hasattr(m, "lora") or hasattr(m, "lora_aside") for m in layers.values()):
         raise ValueError(f"model={type(model).__name__} already has adapters; wanted remove_lora first")
-    for name in names:
-        width = min(layers[name].weight.shape)
-        if not isinstance(rank, int) or not 1 <= rank <= width:
-            raise ValueError(f"rank={rank!r} does not fit layer {name!r} of width {width}; wanted 1 to {width}")
+    width, name = min((min(layers[n].weight.shape), n) for n in names)
+    if not isinstance(rank, int) or not 1 <= rank <= width:
+        raise ValueError(f"rank={rank!r} does not fit layer {name!r} of width {width}; wanted 1 to {width}")
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha={alpha} is out of range; wanted a finite number above 0")
     if not 0 <= dropout < 1:
@@ -172,22 +174,22 @@ def add_lora(model, rank=8, alpha=16, dropout=0.0, target="all-linear", rslora=F
 
 
 def lora_parameters(model):
-    """A list of the parameters to train: A and B (and m) of each adapted layer.
+    """A list of all parameters that train: A and B (and m) of each adapted layer, and what else requires a gradient.
 
-    ValueError: the adapters are merged, or were cast to half precision (cast the model before add_lora)."""
-    parameters = [p for layer in _adapted(model, merged=False).values() for p in layer.lora.parameters()]
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters):
+    ValueError: adapters that are merged, cast to half precision (cast before add_lora) or in what trains in full."""
+    layers = set(_adapted(model, merged=False).values())
+    if any(p.dtype in (torch.float16, torch.bfloat16) for layer in layers for p in layer.lora.parameters()):
         raise ValueError("model was cast to half precision after add_lora, its adapters too; wanted it cast before")
-    return parameters
+    _whole(model, layers)  # for its error: now, not when all is trained and to be saved
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 @torch.no_grad()
 def merge_lora(model):
     """Puts the adapters into the weights; returns the largest absolute change that made to a weight.
 
-    The sum is made in float32 (float64 for float64 weights) and rounded once to the weight's dtype. Then the model is
-    plain: no hook, no cost, nothing to train. Merged weights are new parameters (a tied one is tied no more: a warning
-    says so) and the originals are kept aside, so memory holds the adapted weights twice.
+    The sum is made in float32 (float64 for float64 weights) and rounded once. Then these layers are plain: no hook, no
+    cost. Merged weights are new parameters (a tied one is tied no more: a warning says so), the originals are kept too.
     ValueError: already merged, or a merged weight is not finite (then nothing has changed)."""
     layers, weights, largest = _adapted(model, merged=False), {}, 0.0
     for name, layer in layers.items():
@@ -202,7 +204,7 @@ def merge_lora(model):
     owners = [id(p) for m in model.modules() for p in m._parameters.values()]
     for name, layer in layers.items():
         if owners.count(id(layer.weight)) > 1:
-            warnings.warn(f"{name}.weight was tied and is now its own: a loader that ties by configuration "
+            warnings.warn(f"{name}.weight was tied and is now its own: a loader that ties them again "
                           "(tie_word_embeddings=True) would lose the merge", stacklevel=3)
         layer.lora_aside = (layer.lora, layer.weight)  # a tuple is in neither parameters() nor state_dict()
         layer.lora.detach(layer)
@@ -221,7 +223,7 @@ def unmerge_lora(model):
 
 
 def remove_lora(model):
-    """Takes the adapters away, merged or not: the original model, bit for bit, each requires_grad as it was."""
+    """Takes the adapters away, merged or not: all but what trained in full, and each requires_grad, is as it was."""
     if any(hasattr(layer, "lora_aside") for layer in _adapted(model).values()):
         unmerge_lora(model)
     for layer in _adapted(model).values():
@@ -234,39 +236,33 @@ def remove_lora(model):
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
 _KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 # PEFT's options: those that load_lora follows or that change no result; values that mean what we do. Others must be off
-_FOLLOWED = set("r lora_alpha lora_dropout use_rslora use_dora target_modules revision "
+_FOLLOWED = set("r lora_alpha lora_dropout use_rslora use_dora target_modules modules_to_save revision "
                 "exclude_modules layers_to_transform layers_pattern fan_in_fan_out inference_mode peft_version "
                 "base_model_name_or_path auto_mapping task_type megatron_core qalora_group_size".split())
 _ACCEPTED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian")}
 
 
-def _safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ImportError("save_lora and load_lora need safetensors: pip install safetensors") from None
-    return safetensors.torch
-
-
 def save_lora(model, folder):
     """Writes adapter_model.safetensors and adapter_config.json as PEFT does, each whole or not at all.
 
-    The files are the same while the adapters are merged. ValueError: no adapters."""
+    The files are the same while the adapters are merged. ValueError: no adapters, or as lora_parameters says."""
+    import safetensors.torch
     folder, layers = pathlib.Path(folder), _adapted(model)
+    names, tensors = _whole(model, set(layers.values()))  # tied tensors more than once: cloned below, for safetensors
     loras = {n: m.lora if hasattr(m, "lora") else m.lora_aside[0] for n, m in layers.items()}
-    tensors = {f"base_model.model.{n}.{_KEYS[p]}": value.detach().cpu().contiguous()
-               for n, lora in loras.items() for p, value in lora.named_parameters()}
+    tensors |= {f"{n}.{_KEYS[p]}": value for n, lora in loras.items() for p, value in lora.named_parameters()}
+    tensors = {f"base_model.model.{n}": t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     first = next(iter(loras.values()))
     # PEFT also takes a listed name for the end of longer names; where there are such, only an expression is exact.
     longer = any(_plain(other).endswith(f".{n}") for other, _ in model.named_modules() for n in loras)
     config = {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": getattr(model, "name_or_path", None),
         "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout, "bias": "none",
-        "use_rslora": first.rslora, "use_dora": first.m is not None, "init_lora_weights": True,
-        "fan_in_fan_out": any(_is_conv1d(m) for m in layers.values()), "inference_mode": True,
+        "use_rslora": first.rslora, "use_dora": first.m is not None, "init_lora_weights": True, "inference_mode": True,
+        "fan_in_fan_out": any(_is_conv1d(m) for m in layers.values()), "modules_to_save": names or None,
         "target_modules": "|".join(re.escape(n) for n in loras) if longer else list(loras),
     }
-    data = {_WEIGHTS: _safetensors().save(tensors, metadata={"format": "pt"}), _CONFIG: json.dumps(config).encode()}
+    data = {_WEIGHTS: safetensors.torch.save(tensors, metadata={"format": "pt"}), _CONFIG: json.dumps(config).encode()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in data.items():
         (folder / f"{name}.tmp").write_bytes(content)
@@ -276,71 +272,75 @@ def save_lora(model, folder):
 def load_lora(model, folder):
     """Reads adapters that save_lora or PEFT wrote: adds them to a bare model, or fills those of an adapted one.
 
-    The layers are those that the file has tensors for, whichever options chose them. ValueError, and the model is as it
-    was: a file is missing, damaged or a pickle; an option is not one of ours; tensors or settings do not fit."""
+    The layers are those that the file has tensors for, whichever options chose them. Modules saved whole are filled and
+    train. ValueError, and the model is as it was: a file is missing, damaged or a pickle; an option is not one of ours;
+    tensors or settings do not fit."""
+    import safetensors.torch
     folder = pathlib.Path(folder)
     if not (folder / _WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise ValueError(f"{folder / 'adapter_model.bin'} is a pickle and is never opened; wanted {_WEIGHTS}")
-    read = {_CONFIG: json.loads, _WEIGHTS: _safetensors().load}
-    for file, parse in read.items():
-        try:
-            read[file] = parse((folder / file).read_bytes())
-        except Exception as e:  # safetensors has errors of its own
-            raise ValueError(f"{folder / file} cannot be read: {e}") from None
-    config, tensors = read.values()
+    try:
+        config = json.loads((file := folder / _CONFIG).read_bytes())
+        tensors = safetensors.torch.load((file := folder / _WEIGHTS).read_bytes())
+    except Exception as e:  # safetensors has errors of its own
+        raise ValueError(f"{file} cannot be read: {e}") from None
     for key, value in config.items():
         if value and key not in _FOLLOWED and value not in _ACCEPTED.get(key, ()):
             raise ValueError(f"{folder / _CONFIG}: option {key}={value!r} is not supported; wanted it off")
     r, alpha, dropout = config.get("r", 0), config.get("lora_alpha", 0), config.get("lora_dropout", 0.0)
     rslora, dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
-    layers, found = _layers(model), {}
-    for key, tensor in sorted(tensors.items()):
-        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if name not in layers:
-            raise ValueError(f"{folder / _WEIGHTS}: no linear layer for {key}; wanted some of: {_one_of(layers)}")
-        found.setdefault(name, {})[f"lora_{part}"] = tensor
-    for name, parts in found.items():
-        O, C = _weight(layers[name]).shape
-        wanted = {"lora_A.weight": (r, C), "lora_B.weight": (O, r)} | ({"lora_magnitude_vector": (O,)} if dora else {})
-        shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
-        if shapes != wanted:
-            raise ValueError(f"{folder / _WEIGHTS}: the tensors of {name} are {shapes}; wanted {wanted}")
+    layers, tensors = _layers(model), {n.removeprefix("base_model.model."): t for n, t in sorted(tensors.items())}
+    found = {n: layers[n] for n in (key.rpartition(".lora_")[0] for key in tensors) if n in layers}
+    whole = _whole(model, set(found.values()), config.get("modules_to_save") or ())[1]
+    wanted = {key: tuple(p.shape) for key, p in whole.items()}
+    for name, layer in found.items():
+        O, C = _weight(layer).shape
+        wanted |= {f"{name}.{_KEYS[p]}": s for p, s in (("A", (r, C)), ("B", (O, r)), ("m", (O,))) if dora or p != "m"}
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    for key in sorted(shapes.keys() | wanted.keys()):
+        name = key.rpartition(".lora_")[0] or key.rpartition(".")[0]
+        if name not in found and key not in whole:
+            raise ValueError(f"{file}: no linear layer for base_model.model.{key}; wanted some of: {_one_of(layers)}")
+        if shapes.get(key) != wanted.get(key):
+            are, want = ({n: d[n] for n in d if n.startswith(f"{name}.")} for d in (shapes, wanted))
+            raise ValueError(f"{file}: the tensors of {name} are {are}; wanted {want}")
+    for key, p in whole.items():
+        for n in (_plain(n) for n, twin in model.named_parameters(remove_duplicate=False) if twin is p):
+            if n != key and not torch.equal(tensors.get(n, torch.empty(0)), tensors[key]):
+                raise ValueError(f"{file}: {key} is tied to {n}; wanted the same values for both")
     if hasattr(model, "lora_trainable"):
         mine = _adapted(model, merged=False)
         kinds = {(m.lora.rank, m.lora.alpha, m.lora.rslora, m.lora.m is not None) for m in mine.values()}
-        if set(mine) != set(found) or kinds != {(r, alpha, rslora, dora)}:
+        lacking = _whole(model, set(mine.values()))[1].keys() - whole.keys()  # what trains in the model alone
+        if set(mine) != set(found) or kinds != {(r, alpha, rslora, dora)} or lacking:
             raise ValueError(f"{folder}: its layers, rank, alpha or kind are not those of the model's adapters")
     else:  # exactly these names, not names that end so
         add_lora(model, r, alpha, dropout, [f"(?:{re.escape(n)})" for n in found], rslora, dora)
-    for name, parts in found.items():
-        for p, value in layers[name].lora.named_parameters():
-            value.data.copy_(parts[_KEYS[p]])
+    whole |= {f"{n}.{_KEYS[p]}": value for n, m in found.items() for p, value in m.lora.named_parameters()}
+    for key, value in whole.items():
+        value.requires_grad_(isinstance(value, nn.Parameter)).data.copy_(tensors[key])  # or else a buffer
 
 
 if __name__ == "__main__":
     import copy
 
-    def train(model, x, steps):
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            F.mse_loss(model(x), task(x)).backward()
-            optimizer.step()
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    x, x_few, x_test = torch.randn(1024, 8), torch.randn(64, 8), torch.randn(1024, 8)
-    task = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4)).requires_grad_(False)
+    x, x_test = torch.randn(64, 8), torch.randn(1024, 8)
     base = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 4))
-    train(base, x, 300)
-    task[0].weight += torch.randn(32, 1) @ torch.randn(1, 8) / 5  # another task, of which there are 64 examples
+    task = copy.deepcopy(base).requires_grad_(False)
+    task[2].weight += torch.randn(64, 1) @ torch.randn(1, 64) / 10  # another task, of which there are 64 examples
     for name, kind in {"full": None, "LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}}.items():
         model = copy.deepcopy(base)
         if kind is not None:
             add_lora(model, rank=2, alpha=4, **kind)
         share = sum(p.numel() * p.requires_grad for p in model.parameters()) / sum(p.numel() for p in base.parameters())
         before = F.mse_loss(model(x_test), task(x_test)).item()
-        train(model, x_few, 200)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        for _ in range(300):
+            optimizer.zero_grad()
+            F.mse_loss(model(x), task(x)).backward()
+            optimizer.step()
         y = model(x_test).detach()
         print(f"{name:6} {share:4.0%} of the weights learn: loss {before:.4f} -> {F.mse_loss(y, task(x_test)):.4f}")
         if kind is not None:

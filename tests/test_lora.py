@@ -842,6 +842,356 @@ def test_no_linear_layer_but_the_head():
         add_lora(nn.ModuleDict({"lm_head": nn.Linear(3, 3)}), rank=1)
 
 
+# ---- modules that train in full beside the adapters ------------------------------------------------------------------
+
+
+def bert(task="SequenceClassification", kind="Bert", seed=0, **options):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    if kind == "DistilBert":
+        sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=48, max_position_embeddings=16, **sizes, **options)
+    return getattr(transformers, f"{kind}For{task}")(config).eval()
+
+
+def outputs(model):
+    with torch.no_grad():
+        out = model(IDS)
+    return out.logits if "logits" in out else torch.cat([out.start_logits, out.end_logits])
+
+
+def headed(task="SequenceClassification", head="classifier", **kind):
+    """As if trained: adapters and the head."""
+    model = bert(task)
+    names = add_lora(model, rank=3, alpha=7, **kind)
+    assert len(names) > 0 and head not in names
+    getattr(model, head).requires_grad_(True)
+    return stir(model)  # which asks lora_parameters
+
+
+HEADS = {"SequenceClassification": ("classifier", "SEQ_CLS"), "TokenClassification": ("classifier", "TOKEN_CLS"),
+         "QuestionAnswering": ("qa_outputs", "QUESTION_ANS")}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("task", HEADS)
+def test_a_head_saved_here_is_the_same_in_peft(task, kind, tmp_path):
+    head = HEADS[task][0]
+    model = headed(task, head, **KINDS[kind])
+    save_lora(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == [head]
+    oracle = peft.PeftModel.from_pretrained(bert(task), tmp_path).eval()
+    torch.testing.assert_close(outputs(oracle), outputs(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(outputs(oracle.merge_and_unload()), outputs(model), rtol=0, atol=1e-5)
+    # a head that is not saved is a fresh one, and the check sees it
+    file, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({n: t for n, t in tensors.items() if "lora_" in n}, file)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": None}))
+    lost = peft.PeftModel.from_pretrained(bert(task), tmp_path).eval()
+    assert (outputs(lost) - outputs(model)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("by_task", [False, True])
+@pytest.mark.parametrize("task", HEADS)
+def test_a_head_saved_by_peft_is_the_same_here(task, by_task, tmp_path):
+    head, task_type = HEADS[task]
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["query", "output.dense"], modules_to_save=[head],
+                             task_type=task_type if by_task else None)  # fmt: skip
+    oracle = peft.get_peft_model(bert(task), config).eval()
+    with torch.no_grad():
+        for p in oracle.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    oracle.save_pretrained(tmp_path)
+    model = bert(task)
+    load_lora(model, tmp_path)
+    torch.testing.assert_close(outputs(model), outputs(oracle), rtol=0, atol=1e-5)
+    trains = {n for n, p in model.named_parameters() if p.requires_grad and ".lora." not in n}
+    assert trains == {f"{head}.weight", f"{head}.bias"}
+    assert {id(p) for p in lora_parameters(model)} == {id(p) for p in model.parameters() if p.requires_grad}
+    for head_trains in (False, True):  # into an adapted model, whether its head trains yet or not
+        filled = bert(task, seed=1)
+        filled.load_state_dict({n: p for n, p in bert(task).state_dict().items() if head not in n}, strict=False)
+        add_lora(filled, rank=3, alpha=7, target=sorted(lora._adapted(model)))
+        getattr(filled, head).requires_grad_(head_trains)
+        optimizer = torch.optim.SGD(getattr(filled, head).parameters(), lr=1.0)
+        load_lora(filled, tmp_path)
+        assert torch.equal(outputs(filled), outputs(model))
+        assert all(p.requires_grad for p in getattr(filled, head).parameters())
+        outputs_before = outputs(filled)
+        for p in getattr(filled, head).parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()  # an optimizer made before the load still moves the head: the same parameters, filled
+        assert not torch.equal(outputs(filled), outputs_before)
+    save_lora(model, tmp_path / "again")
+    files = [folder / "adapter_model.safetensors" for folder in (tmp_path / "again", tmp_path)]
+    assert same_bits(*(bits(safetensors.torch.load_file(file)) for file in files))
+
+
+def test_training_with_a_head_follows_peft(tmp_path):
+    model = bert()
+    add_lora(model, rank=3, alpha=7)
+    model.classifier.requires_grad_(True)
+    save_lora(model, tmp_path)
+    oracle = peft.PeftModel.from_pretrained(bert(), tmp_path, is_trainable=True)
+
+    def curve(model, parameters):
+        model.train()
+        torch.manual_seed(5)  # the same dropout masks
+        optimizer, losses = torch.optim.AdamW(parameters, lr=2e-2), []
+        for _ in range(6):
+            loss = F.cross_entropy(model(IDS).logits, torch.tensor([0, 1]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    theirs = curve(oracle, [p for p in oracle.parameters() if p.requires_grad])
+    ours = curve(model, lora_parameters(model))
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=0)
+    # the same check rejects a head that stays as it was
+    frozen = bert()
+    load_lora(frozen, tmp_path)
+    frozen.classifier.requires_grad_(False)
+    assert not torch.allclose(curve(frozen, lora_parameters(frozen)), theirs, rtol=2e-5, atol=0)
+
+
+def test_a_name_stands_for_all_that_end_so(tmp_path):
+    """PEFT takes "classifier" for "pre_classifier" too and fails to load a file without it: so both are saved."""
+    model = bert(kind="DistilBert")
+    add_lora(model, rank=3, target=["q_lin"])
+    model.classifier.requires_grad_(True)
+    save_lora(stir(model), tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert {n for n in tensors if "lora_" not in n} == {
+        f"base_model.model.{n}.{p}" for n in ("classifier", "pre_classifier") for p in ("weight", "bias")}  # fmt: skip
+    oracle = peft.PeftModel.from_pretrained(bert(kind="DistilBert"), tmp_path).eval()
+    torch.testing.assert_close(outputs(oracle), outputs(model), rtol=0, atol=1e-5)
+    load_lora(again := bert(kind="DistilBert"), tmp_path)
+    assert torch.equal(outputs(again), outputs(model))
+    without = {n: t for n, t in tensors.items() if "pre_classifier" not in n}
+    safetensors.torch.save_file(without, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(KeyError):
+        peft.PeftModel.from_pretrained(bert(kind="DistilBert"), tmp_path)
+    refused(tmp_path, "the tensors of pre_classifier are {}; wanted {.*}$", bert(kind="DistilBert"))
+
+
+def test_an_adapted_layer_whose_name_ends_like_a_head(tmp_path):
+    """This PEFT cannot have at all: it refuses to adapt pre_classifier beside a classifier that it saves."""
+    model = bert(kind="DistilBert")
+    assert "pre_classifier" in add_lora(model, rank=3)
+    model.classifier.requires_grad_(True)
+    save_lora(stir(model), tmp_path)
+    load_lora(again := bert(kind="DistilBert"), tmp_path)
+    assert torch.equal(outputs(again), outputs(model))
+    load_lora(model, tmp_path)
+    save_lora(again, tmp_path / "again")
+    assert (tmp_path / "again/adapter_config.json").read_text() == (tmp_path / "adapter_config.json").read_text()
+
+
+class Body(nn.Module):
+    """A head of several layers, one of them with buffers, and a parameter of the model itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.gain = nn.Linear(6, 8), nn.Parameter(torch.ones(()))
+        self.top = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.top(self.body(x)) * self.gain
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_head_is_saved_whole_with_its_buffers(merged, tmp_path):
+    model, x = Body(), torch.randn(5, 6)
+    add_lora(model, rank=2, target="body")
+    model.top.requires_grad_(True)
+    model.top[3].bias.requires_grad_(False)  # saved all the same: PEFT saves whole modules
+    model.top[3].bias.data.add_(1)
+    model.top[0].weight.data = model.top[0].weight.data.T.contiguous().T  # which safetensors does not take as it is
+    stir(model)(x)  # in training: the running statistics move
+    model.eval()
+    adapted = model(x)
+    if merged:
+        merge_lora(model)
+    save_lora(model, tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert {n for n in tensors if "lora_" not in n} == {f"base_model.model.top.{n}" for n in model.top.state_dict()}
+    oracle = peft.PeftModel.from_pretrained(Body(), tmp_path).eval()
+    torch.testing.assert_close(oracle(x), adapted)
+    load_lora(again := Body().eval(), tmp_path)
+    assert torch.equal(again(x), adapted)
+    assert again.top[1].num_batches_tracked == 1
+    assert all(p.requires_grad for p in again.top.parameters())
+
+
+def test_whole_modules_of_peft_with_modules_inside(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["body"], modules_to_save=["top"])
+    oracle, x = peft.get_peft_model(Body(), config), torch.randn(5, 6)
+    with torch.no_grad():
+        for p in oracle.parameters():
+            p.add_(torch.randn_like(p) * 0.1 * p.requires_grad)
+    oracle.train()(x)
+    oracle.eval().save_pretrained(tmp_path)
+    load_lora(model := Body().eval(), tmp_path)
+    torch.testing.assert_close(model(x), oracle(x))
+
+
+def test_verbs_leave_the_head_alone():
+    model = bert()
+    model.bert.embeddings.requires_grad_(False)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    fresh, weights = bits(model.classifier.state_dict()), bits(model.bert.state_dict())
+    add_lora(model, rank=3)
+    model.classifier.requires_grad_(True)
+    adapters = [p for layer in lora._adapted(model).values() for p in layer.lora.parameters()]
+    assert {id(p) for p in lora_parameters(model)} == {id(p) for p in (*adapters, *model.classifier.parameters())}
+    assert len(lora_parameters(model)) == len(adapters) + 2
+    stir(model)
+    trained, adapted = bits(model.classifier.state_dict()), outputs(model)
+    assert not same_bits(trained, fresh)
+    merge_lora(model)
+    torch.testing.assert_close(outputs(model), adapted, rtol=0, atol=1e-5)
+    assert all(p.requires_grad for p in model.classifier.parameters())
+    unmerge_lora(model)
+    assert torch.equal(outputs(model), adapted)
+    remove_lora(model)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    assert same_bits(bits(model.classifier.state_dict()), trained) and same_bits(bits(model.bert.state_dict()), weights)
+
+
+def test_what_is_both_adapted_and_trained_in_full(tmp_path):
+    """PEFT saves whole modules, and can save none that holds adapters: better said before the training than after."""
+    query = "bert.encoder.layer.0.attention.self.query"
+    for name, parameter in {"classifier": "classifier.weight", query: f"{query}.bias"}.items():
+        model = bert()
+        add_lora(model, rank=2, target=["classifier", "query"])
+        model.get_parameter(parameter).requires_grad_(True)
+        for verb in (lora_parameters, lambda m: save_lora(m, tmp_path / "none")):
+            with pytest.raises(ValueError, match=rf"^module '{name}' holds adapters and trains in full; wanted one"):
+                verb(model)
+    model = Body()
+    add_lora(model, rank=2, target="body")
+    model.gain.requires_grad_(True)
+    with pytest.raises(ValueError, match="^module '' holds adapters and trains in full"):
+        lora_parameters(model)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_tied_head(tmp_path):
+    """Head and embedding are one parameter here and two copies in PEFT, so a file for both has to hold both."""
+    model = gpt2()
+    add_lora(model, rank=2, target="c_attn")
+    model.lm_head.requires_grad_(True)
+    save_lora(stir(model), tmp_path)
+    assert len(lora_parameters(model)) == 5
+    oracle = peft.PeftModel.from_pretrained(gpt2(), tmp_path).eval()
+    torch.testing.assert_close(logits(oracle), logits(model), rtol=0, atol=1e-5)
+    load_lora(again := gpt2(), tmp_path)
+    assert torch.equal(logits(again), logits(model)) and again.lm_head.weight is again.transformer.wte.weight
+    # PEFT's head alone, or both with values of their own, do not fit a model that ties them
+    for names in (["lm_head"], ["lm_head", "wte"]):
+        oracle = peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=names))
+        with torch.no_grad():
+            for p in oracle.parameters():
+                p.add_(torch.randn_like(p) * 0.1 * p.requires_grad)
+        oracle.eval().save_pretrained(tmp_path)
+        refused(tmp_path, "lm_head.weight is tied to transformer.wte.weight|wte.weight is tied to lm_head.weight")
+        untied = gpt2(tie_word_embeddings=False)
+        untied.load_state_dict(gpt2().state_dict())
+        load_lora(untied, tmp_path)
+        torch.testing.assert_close(logits(untied), logits(oracle), rtol=0, atol=1e-5)
+
+
+class TwoPlaces(Body):
+    """One head under two names, both called."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = self.top
+
+    def forward(self, x):
+        return self.top(self.body(x)) + self.again(self.body(-x))
+
+
+def test_a_head_in_two_places(tmp_path):
+    model, x = TwoPlaces().eval(), torch.randn(5, 6)
+    add_lora(model, rank=2, target="body")
+    model.top.requires_grad_(True)
+    assert len(lora_parameters(model)) == 2 + len(list(model.top.parameters()))
+    save_lora(stir(model), tmp_path)
+    oracle = peft.PeftModel.from_pretrained(TwoPlaces().eval(), tmp_path).eval()
+    torch.testing.assert_close(oracle(x), model(x))  # PEFT makes two heads of it: both need the trained values
+    load_lora(again := TwoPlaces().eval(), tmp_path)
+    assert torch.equal(again(x), model(x)) and again.top is again.again
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_compiled_model_saves_its_head_under_plain_names(inner, tmp_path):
+    model, x = Body().eval(), torch.randn(5, 6)
+    add_lora(model, rank=2, target="body")
+    model.top.requires_grad_(True)
+    stir(model)
+    y = model(x)
+    if inner:
+        model.top = torch.compile(model.top, backend="eager")
+        model.body = torch.compile(model.body, backend="eager")
+    handle = model if inner else torch.compile(model, backend="eager")
+    save_lora(handle, tmp_path)
+    names = {n.removeprefix("base_model.model.") for n in safetensors.torch.load_file(tmp_path / lora._WEIGHTS)}
+    assert names == {f"top.{n}" for n in Body().top.state_dict()} | {"body.lora_A.weight", "body.lora_B.weight"}
+    load_lora(plain := Body().eval(), tmp_path)
+    assert torch.equal(plain(x), y)
+    for p in lora_parameters(handle):
+        p.data.zero_()
+    load_lora(handle, tmp_path)
+    torch.testing.assert_close(handle(x), y)
+
+
+def test_heads_that_do_not_fit(tmp_path):
+    save_lora(headed(target=["query"]), tmp_path)
+    refused(tmp_path, r"no linear layer for base_model.model.classifier.bias; wanted", bert("QuestionAnswering"))
+    refused(tmp_path, r"the tensors of classifier are .*\(2, 16\).*; wanted .*\(5, 16\)", bert(num_labels=5))
+    adapted = bert(num_labels=5)
+    add_lora(adapted, rank=3, alpha=7, target=["query"])
+    refused(tmp_path, r"the tensors of classifier are .*\(2, 16\).*; wanted .*\(5, 16\)", adapted)
+    file, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors, settings = safetensors.torch.load_file(file), json.loads(config.read_text())
+    for name in ("classifier.weight", "classifier.bias"):  # not to be half filled
+        safetensors.torch.save_file({n: t for n, t in tensors.items() if n != f"base_model.model.{name}"}, file)
+        refused(tmp_path, "the tensors of classifier are .*; wanted ", bert())
+    safetensors.torch.save_file({n: t for n, t in tensors.items() if "lora_" in n}, file)
+    refused(tmp_path, "the tensors of classifier are {}; wanted ", bert())
+    safetensors.torch.save_file({**tensors, "base_model.model.classifier.scale": torch.ones(2)}, file)
+    refused(tmp_path, "no linear layer for base_model.model.classifier.scale; wanted ", bert())
+    safetensors.torch.save_file(tensors, file)
+    for listed in (None, [], ["score"]):  # a tensor that no listed module has: perhaps of the base model
+        config.write_text(json.dumps({**settings, "modules_to_save": listed}))
+        refused(tmp_path, "no linear layer for base_model.model.classifier.bias; wanted ", bert())
+    config.write_text(json.dumps({**settings, "modules_to_save": ["classifier", "bert.pooler"]}))
+    refused(tmp_path, "the tensors of bert.pooler.dense are {}; wanted ", bert())
+    config.write_text(json.dumps({**settings, "modules_to_save": ["classifier", "score"]}))  # as PEFT lists them
+    load_lora(bert(), tmp_path)
+
+
+def test_a_head_that_trains_in_the_model_but_is_not_in_the_file(tmp_path):
+    model = bert()
+    add_lora(model, rank=3, alpha=7)
+    save_lora(stir(model), tmp_path)
+    load_lora(model, tmp_path)
+    model.classifier.requires_grad_(True)
+    refused(tmp_path, "are not those of the model's adapters", model)  # else it would stay as it is, unnoticed
+
+
+def test_all_linear_leaves_out_what_is_inside_a_head():
+    names = add_lora(bert(kind="Roberta", pad_token_id=0), rank=2)
+    assert names and not [n for n in names if "classifier" in n]  # classifier.dense, classifier.out_proj
+    assert not [n for n in add_lora(bert("QuestionAnswering"), rank=2) if "qa_outputs" in n]
+
+
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -855,11 +1205,13 @@ def saved(folder, **kind):
 def refused(folder, message, model=None):
     model = gpt2() if model is None else model
     before, hooks = bits(model.state_dict()), sum(len(m._forward_hooks) for m in model.modules())
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
     with pytest.raises(ValueError, match=message) as error:
         load_lora(model, folder)
     assert "\n" not in str(error.value)
     assert same_bits(bits(model.state_dict()), before)
     assert sum(len(m._forward_hooks) for m in model.modules()) == hooks
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trains
 
 
 def test_missing_damaged_and_pickled_files(tmp_path):
@@ -906,7 +1258,7 @@ def gpt2_layers(n):
 
 
 @pytest.mark.parametrize(("option", "value"), [
-    ("bias", "all"), ("modules_to_save", ["lm_head"]), ("rank_pattern", {"c_attn": 4}), ("alpha_pattern", {"c_fc": 1}),
+    ("bias", "all"), ("rank_pattern", {"c_attn": 4}), ("alpha_pattern", {"c_fc": 1}),
     ("lora_bias", True), ("init_lora_weights", "pissa"), ("peft_type", "LOHA"), ("use_qalora", True),
     ("layer_replication", [[0, 2]]), ("trainable_token_indices", [1]), ("target_parameters", ["x"]),
     ("loftq_config", {"bits": 4}), ("an_option_of_next_year", 1),

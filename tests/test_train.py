@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tasks
 import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -112,7 +113,7 @@ def test_pretrain_adapt_merge_and_leave(capsys):
     assert log[-1]["val_loss"] < log[3]["val_loss"] - 0.5, "it does not learn"
     names = {p.name for p in out.iterdir()}
     assert names == {"model.safetensors", "config.json", "tokenizer.json", "args.json", "metrics.jsonl", "loss.png",
-                     "samples.txt", "state"}  # fmt: skip
+                     "metrics.json", "samples.txt", "state"}  # fmt: skip
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "bits per byte" in said and "parameters trained in" in said and "next: python train.py" in said
 
@@ -148,20 +149,21 @@ def test_pretrain_adapt_merge_and_leave(capsys):
     capsys.readouterr()
     train.main(["--eval", "--base", str(adapter)])
     train.main(["--eval", "--base", "out/gpt-lora-merged", "--data", "other.txt"])
-    scores = re.findall(r"validation loss ([\d.]+)", capsys.readouterr().out)
+    scores = re.findall(r"^out/\S+ validation loss ([\d.]+)", capsys.readouterr().out, re.M)
     assert abs(float(scores[0]) - after) < 2e-4 and len(scores) == 2
 
 
 def test_with_no_pretrained_model_it_pretrains_first_and_goes_on(capsys, monkeypatch):
-    monkeypatch.setitem(train.SOURCES, "stdlib-code", lambda: train.corpus.read_documents("corpus"))
-    monkeypatch.setitem(train.RECIPES, ("gpt", None), train.RECIPES["gpt", None] | {"steps": 4, "batch_size": 2})
+    monkeypatch.setitem(train.SOURCES, "stdlib-code", lambda: tasks.corpus.read_documents("corpus"))
+    short = train.RECIPES["gpt", "lm"][0] | {"steps": 4, "batch_size": 2}
+    monkeypatch.setitem(train.RECIPES, ("gpt", "lm"), (short, train.RECIPES["gpt", "lm"][1]))
     undo = interrupt_at(2, monkeypatch)
     with pytest.raises(SystemExit) as stop:
         lora()
     undo()
     assert stop.value.code == 128 + signal.SIGINT
     said = capsys.readouterr().out
-    assert "no finished pretrained model under out/" in said and "--resume out/gpt" in said
+    assert "no finished model to build on under out/" in said and "--resume out/gpt" in said
     lora()  # the same command again finishes what was begun
     said = capsys.readouterr().out
     assert "going on with out/gpt" in said and "base: out/gpt" in said
@@ -272,8 +274,8 @@ def test_the_check_of_exactness_sees_a_repeated_batch(monkeypatch):
     with pytest.raises(SystemExit):
         pretrain(out="out/parts")
     undo()
-    batch = train.Text.batch
-    monkeypatch.setattr(train.Text, "batch", lambda self, index: batch(self, index - 6))
+    batch = tasks.Text.batch
+    monkeypatch.setattr(tasks.Text, "batch", lambda self, index: batch(self, index - 6))
     train.main(["--resume", "out/parts"])
     assert not same(exact(pathlib.Path("out/parts")), whole)
 
@@ -339,7 +341,7 @@ def test_resuming_on_a_changed_base(monkeypatch, capsys):
 
 def test_any_split_into_microbatches_gives_the_same_step(monkeypatch):
     """With unequal masks, in float64: 8 rows at once, or in 2, 4, 8 microbatches; the mean of means does not pass."""
-    batch = train.Text.batch
+    batch = tasks.Text.batch
 
     def masked(self, index):
         ids = batch(self, index)["ids"]
@@ -349,7 +351,7 @@ def test_any_split_into_microbatches_gives_the_same_step(monkeypatch):
             labels[row, keep + 1 :] = -100
         return {"ids": ids, "labels": labels}
 
-    monkeypatch.setattr(train.Text, "batch", masked)
+    monkeypatch.setattr(tasks.Text, "batch", masked)
 
     def weights(rows, parts, loss=None):
         if loss:
@@ -376,8 +378,8 @@ def test_any_split_into_microbatches_gives_the_same_step(monkeypatch):
 
 
 def test_a_step_with_nothing_to_learn_changes_nothing(monkeypatch):
-    batch = train.Text.batch
-    monkeypatch.setattr(train.Text, "batch", lambda self, i: {k: v for k, v in batch(self, i).items()} | {
+    batch = tasks.Text.batch
+    monkeypatch.setattr(tasks.Text, "batch", lambda self, i: {k: v for k, v in batch(self, i).items()} | {
         "labels": torch.full_like(batch(self, i)["ids"], -100)})  # fmt: skip
     before = train.new_model
     models = []
@@ -422,9 +424,9 @@ def test_a_corpus_is_prepared_part_by_part(monkeypatch, tmp_path):
     """Many small parts give the same documents as one, each once, with its end token, and none on both sides."""
     rows = [f"document number {i} says {i * i}\n" for i in range(300)]
     pathlib.Path("many.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in [*rows, rows[0]]))
-    s = train.Settings(tokenizer="bytes", data="many.jsonl")
+    s = train.Settings(model="gpt", task="lm", tokenizer="bytes", data="many.jsonl")
     for size in (2**28, 500):
-        monkeypatch.setattr(train, "PART", size)
+        monkeypatch.setattr(tasks, "PART", size)
         tokenizer = train.prepare_text(s, tmp_path, None)
         sides = []
         for name in ("train.npy", "val.npy"):
@@ -588,6 +590,7 @@ def test_a_full_disk(capsys):
     script = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
+import tasks
 import train
 save = train.save_checkpoint
 def later(path, model, optimizer, progress, scaler):

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+"""How well and how fast every default run of a task ends, beside its baselines: `python bench/tasks.py`.
+
+Whole processes, one after the other in one folder, as a user would type them, with their default data: what Python's
+installation holds. Limits set for two cores: 180 s a run. Two comparisons decide whether a method is worth its place:
+
+    fine-tuning      BERT on areas of the standard library from its own pretraining, and the same model from scratch,
+                     for as many steps on the same batches
+    distillation     the student with its teacher's soft targets, and the same student on the labels alone, from the
+                     same blocks of the teacher, for as many steps on the same batches
+
+Prints a table and writes bench/tasks.json. Takes about half an hour; `--only rnn classify` runs a part.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RUNS = {  # name: flags, and the score to look at
+    "rnn": ("--model rnn", "bits_per_byte"),
+    "bert": ("--model bert", "val_loss"),
+    "classify-scratch": ("--task classify", "accuracy"),
+    "classify": ("--task classify --finetune full", "accuracy"),
+    "tag": ("--task tag", "macro_f1"),
+    "qa": ("--task qa", "f1"),
+    "seq2seq": ("--task seq2seq", "chrf"),
+    "teacher": ("--task classify --finetune full --steps 800", "accuracy"),
+    "distill": ("--task classify --finetune distill --teacher out/teacher --steps 100", "accuracy"),
+    "distill-alone": (
+        "--task classify --finetune distill --teacher out/teacher --steps 100 --distill-weights 0,1,0",
+        "accuracy",
+    ),
+    "classify-freeze": ("--task classify --finetune freeze", "accuracy"),
+    "classify-lora": ("--task classify --finetune lora", "accuracy"),
+}
+NEEDS = {"classify": ["bert"], "classify-freeze": ["bert"], "classify-lora": ["bert"], "teacher": ["bert"],
+         "distill": ["bert", "teacher"], "distill-alone": ["bert", "teacher"]}  # fmt: skip
+
+
+def run(name, folder):
+    """-> {command, seconds, training seconds, parameters, the scores of metrics.json}"""
+    flags, score = RUNS[name]
+    command = [sys.executable, ROOT / "train.py", *flags.split(), "--out", f"out/{name}"]
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    scores = json.loads((folder / "out" / name / "metrics.json").read_text())
+    log = json.loads((folder / "out" / name / "args.json").read_text())
+    row = {"command": f"python train.py {flags}", "seconds": round(seconds, 1), "training_s": round(log["elapsed"], 1)}
+    return row | {"steps": log["settings"]["steps"], "best_step": log["best_step"], "score": score, "scores": scores}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
+    only = parser.parse_args().only
+    names = [name for name in RUNS if name in only or any(name in NEEDS.get(other, ()) for other in only)]
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"{os.cpu_count()} cores, torch {torch.__version__}")
+        for name in names:
+            rows[name] = row = run(name, pathlib.Path(folder))
+            found = {"ours": row["scores"], **row["scores"]["baselines"]}
+            told = ", ".join(f"{who} {values[row['score']]:.4g}" for who, values in found.items())
+            print(f"{row['command']}: {row['seconds']:.0f} s; {row['score']}: {told}", flush=True)
+    if set(names) == set(RUNS):
+        facts = {"cores": os.cpu_count(), "torch": torch.__version__, "processor": platform.processor(), "runs": rows}
+        path = ROOT / "bench" / "tasks.json"
+        path.with_suffix(".json.tmp").write_text(json.dumps(facts, indent=1) + "\n")
+        path.with_suffix(".json.tmp").replace(path)
+
+
+if __name__ == "__main__":
+    main()

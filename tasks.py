@@ -1,0 +1,556 @@
+# SPDX-License-Identifier: MIT
+"""What train.py can learn: for each task its data, the answers of a model, their scores, and what they have to beat.
+
+    task       model        a row                          scores                              baselines
+    lm         gpt, rnn     running text                   bits per byte                       unigram
+    mlm        bert         two segments, words masked     accuracy of words and of order      unigram
+    classify   bert         text, label                    accuracy, macro F1                  majority, bag of words
+    tag        bert         tokens, tags                   accuracy, macro F1, entity F1       majority, usual tags
+    qa         bert         question, context, answers     exact match, F1                     sentences by rules
+    seq2seq    transformer  source, target                 chrF, exact match                   a constant, the source
+    images     vae          a picture                      the bound on log p                  none
+
+Data is prepared once, into the folder of the run, and read again from there: `prepare_text` and `prepare_rows` write,
+`load_data` reads. What it gives has
+
+    batch(index)               a batch as a function of its index alone, so that resuming needs nothing but the index
+    validation()               the same batches at every call
+    scores(model, loss_sum)    the task's scores beyond the loss; `baselines()` the same of what is to be beaten
+    sample(model, folder)      a few results to look at
+
+`s` is everywhere the Settings of train.py.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import random
+import re
+import time
+from typing import NamedTuple
+
+import numpy
+import torch
+
+from minimal import adversarial, baselines, metrics, stdlib_tasks
+from minimal import data as corpus
+from minimal.checkpoint import write_beside
+from minimal.examples import FIELDS, check_labels, check_row, label_names, read_examples, split
+from minimal.features import answers, collate, encode, epoch_batches
+from minimal.generate import stream_text
+from minimal.mlm import join_pair, mask_tokens, sentence_pair
+from minimal.tokenizer import END, Tokenizer
+from minimal.transformer import beam_search
+from minimal.vae import grid
+
+SPECIAL = (END, "[PAD]", "[CLS]", "[SEP]", "[MASK]")  # of BERT's tokenizer; the others have END alone
+
+
+class Task(NamedTuple):
+    """What there is to say of a task that is not code."""
+
+    models: tuple  # that can learn it, the default first
+    best: str  # the score by which the best checkpoint is known: a loss, or one of which more is better
+
+
+TASKS = {
+    "lm": Task(("gpt", "rnn"), "val_loss"),
+    "mlm": Task(("bert",), "val_loss"),
+    "classify": Task(("bert",), "accuracy"),
+    "tag": Task(("bert",), "macro_f1"),
+    "qa": Task(("bert",), "f1"),
+    "seq2seq": Task(("transformer",), "chrf"),
+    "images": Task(("vae",), "val_loss"),
+}
+LABELLED = {  # of these, the ones that are rows with answers, and for which task
+    "stdlib-areas": "classify",
+    "stdlib-lexical": "tag",
+    "stdlib-questions": "qa",
+    "stdlib-signatures": "seq2seq",
+}
+SOURCES = {  # data without a download: what `python train.py` learns from
+    "stdlib-code": corpus.stdlib_source,
+    "stdlib-prose": corpus.stdlib_prose,
+    "stdlib-docs": lambda: (corpus.Document(row["text"], row["key"]) for row in stdlib_tasks.prose()),
+    "stdlib-areas": stdlib_tasks.areas,
+    "stdlib-lexical": stdlib_tasks.lexical,
+    "stdlib-questions": stdlib_tasks.questions,
+    "stdlib-signatures": stdlib_tasks.signatures,
+    "digits": corpus.digits,
+}
+TASK_OF = {"gpt": "lm", "rnn": "lm", "bert": "mlm", "transformer": "seq2seq", "vae": "images"}  # of a model by itself
+PART = 2**28  # characters of text prepared at a time: about 2 GB of memory
+EVAL_TOKENS = 32_768  # scored at each evaluation: a second or two, and a standard error of about 1 %
+EVAL_ROWS = 1000  # the same for labelled rows; --eval takes all
+IMAGE_SIZE = 32  # pixels a side that a folder's images are brought to
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def new_tokenizer(s, texts):
+    if s.tokenizer in ("bpe", "char", "bytes"):
+        return Tokenizer.train(texts, s.vocab_size, s.tokenizer, SPECIAL if s.model == "bert" else SPECIAL[:1])
+    return Tokenizer.load(s.tokenizer)
+
+
+def checked(s, tokenizer):
+    """The tokenizer, if it has the special tokens that the model needs."""
+    for token in SPECIAL if s.model == "bert" else SPECIAL[:1]:
+        if tokenizer.token_to_id(token) is None:
+            raise ValueError(f"--tokenizer {s.tokenizer}: has no {token}, which --model {s.model} needs")
+    return tokenizer
+
+
+def prepare_text(s, folder, tokenizer):
+    """Documents, cleaned, deduplicated, split, as token files in `folder`; returns the tokenizer, trained if new."""
+    started, held_out = time.perf_counter(), []
+    # BERT's pretraining holds out the docstrings that its task will be judged on: not even their text was seen.
+    share = 0.1 if s.data == "stdlib-docs" else 0.05
+    parts = prepared(SOURCES.get(s.data, lambda: corpus.read_documents(s.data))(), share)
+    part = next(parts, None)
+    if part is None:
+        raise ValueError(f"--data {s.data}: nothing is left of it after cleaning")
+    tokenizer = checked(s, tokenizer or new_tokenizer(s, (document.text for document in part[0])))
+    sep_id = tokenizer.token_to_id("[SEP]")
+
+    def ids_of(text):
+        # Each document ends with the end token, which is trained like any other: so the model learns to stop.
+        if s.task == "lm":
+            return tokenizer.encode(text) + [tokenizer.eos_id]
+        sentences = stdlib_tasks.sentences(text)
+        return [i for sentence in sentences for i in (*tokenizer.encode(sentence), sep_id)] + [tokenizer.eos_id]
+
+    def train_rows():
+        nonlocal part
+        while part:
+            held_out.extend(array.array("I", ids_of(document.text)) for document in part[1])
+            yield from (ids_of(document.text) for document in part[0])
+            part = next(parts, None)
+
+    n_train = corpus.write_tokens(folder / "train.npy", train_rows(), tokenizer.vocab_size)
+    n_val = corpus.write_tokens(folder / "val.npy", held_out, tokenizer.vocab_size)
+    print(f"data: {s.data}, {n_train:,} tokens and {n_val:,} for validation, vocabulary {tokenizer.vocab_size:,}; "
+          f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+    return tokenizer
+
+
+def prepared(documents, share):
+    """Yields (training documents, validation documents) part by part: a corpus need not fit into memory. Exact
+    duplicates are removed from the whole, near ones from each part."""
+    seen, part, size = set(), [], 0
+    for document in itertools.chain(documents, [None]):
+        if document:
+            text = corpus.clean(document.text)
+            digest = hashlib.sha256(text.encode()).digest()
+            if text.strip() and digest not in seen:
+                seen.add(digest)
+                part.append((digest, document._replace(text=text)))
+                size += len(text)
+        if part and (size > PART or document is None):
+            # In the order of a hash, so that the first validation rows, which are scored, come from anywhere.
+            yield corpus.split(corpus.deduplicate(document for _, document in sorted(part)), share)
+            part, size = [], 0
+
+
+def tokens_of(path):
+    """The token ids of a file that `prepare_text` wrote, mapped, not read."""
+    return torch.from_numpy(numpy.load(path, mmap_mode="c"))  # (N,)
+
+
+class Text:
+    """lm: rows of tokens."""
+
+    unit = "tokens"
+
+    def __init__(self, s, folder, tokenizer):
+        self.s, self.tokenizer, self.folder = s, tokenizer, folder
+        try:
+            self.train, self.val = (corpus.TokenBlocks(folder / n, s.seq_len, s.seed) for n in ("train.npy", "val.npy"))
+        except ValueError as error:
+            if "seq_len" not in str(error):
+                raise
+            held = re.search(r"holds (\d+) tokens", str(error))
+            found = f"{held[1]} tokens" if held else "too few tokens"
+            why = f"too short: {found} in its training or validation part, --seq-len {s.seq_len} needs {s.seq_len + 1}"
+            raise ValueError(f"--data {s.data}: {why}") from None
+        sizes = [len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)]
+        sizes[tokenizer.eos_id] = 0  # it stands for no byte of the text
+        self.scored = torch.cat([batch["labels"][:, 1:].flatten() for batch in self.validation()])
+        self.scored = self.scored[self.scored >= 0]
+        self.n_bytes = int(torch.tensor(sizes)[self.scored].sum())
+
+    def batch(self, index):
+        return {"ids": self.train.batch(index, self.s.batch_size)}  # (B, T + 1)
+
+    def validation(self):
+        limit = max(1, EVAL_TOKENS // (self.s.seq_len * self.s.batch_size))
+        return ({"ids": ids, "labels": labels} for ids, labels in self.val.sequential(self.s.batch_size, limit))
+
+    def scores(self, model, loss_sum):
+        return {"bits_per_byte": metrics.bits_per_byte(loss_sum, self.n_bytes)} if self.n_bytes else {}
+
+    def baselines(self):
+        ids = tokens_of(self.folder / "train.npy")[:10_000_000].int()
+        nats = baselines.unigram(ids, self.scored, self.tokenizer.vocab_size)
+        return {"unigram": {"val_loss": nats / len(self.scored)} | self.scores(None, nats)}
+
+    def sample(self, model, folder):
+        return self.s.prompt + "".join(continue_text(self.s, model, self.tokenizer, self.s.prompt))
+
+
+class Pairs:
+    """mlm: pairs of segments, masked anew in every epoch;"""
+
+    unit = "masked tokens"
+
+    def __init__(self, s, folder, tokenizer):
+        self.s, self.tokenizer, self.folder = s, tokenizer, folder
+        self.special = torch.tensor([token in SPECIAL for token in tokenizer.tokens])  # (V,)
+        self.ordinary = (~self.special).nonzero().flatten()
+        self.train, self.val = (self.documents(folder / name) for name in ("train.npy", "val.npy"))
+        for name, part in (("training", self.train), ("validation", self.val)):
+            if len(part) < 2:
+                raise ValueError(f"--data {s.data}: {len(part)} documents in its {name} part; wanted two or more, as a "
+                                 "random next sentence comes from another one")  # fmt: skip
+        masked = torch.cat([(batch["labels"] != -100).sum(1) for batch in self.validation()])  # (rows,)
+        self.masked_per_pair = masked.double().mean().item()
+
+    def documents(self, path):
+        """[[sentence, ...], ...], each sentence a view of the file's ids"""
+        ids, found = tokens_of(path), []
+        for document in ids.tensor_split((ids.int() == self.tokenizer.eos_id).nonzero().flatten() + 1):
+            ends = (document.int() == self.tokenizer.token_to_id("[SEP]")).nonzero().flatten().tolist()
+            spans = zip([0, *(e + 1 for e in ends)], ends, strict=False)
+            found.append([document[a:b] for a, b in spans if b > a])
+        return [sentences for sentences in found if len(sentences) > 1]  # of one alone nothing could follow
+
+    def rows(self, documents, indices, seed):
+        """One pair from each of the documents, masked: what BERT.loss takes."""
+        generator = torch.Generator().manual_seed(seed)
+        cls, sep, mask = (self.tokenizer.token_to_id(token) for token in SPECIAL[2:])
+        features, random_next, longest = [], [], 0
+        for index in indices:
+            a, b, is_random = sentence_pair(documents, index, self.s.seq_len, generator)
+            features.append(join_pair(a, b, cls, sep))
+            random_next.append(int(is_random))
+            longest = max(longest, len(features[-1][0]))
+        ids, segments, special = (
+            torch.stack([torch.nn.functional.pad(x, (0, longest - len(x)), value=filling) for x in part])  # (B, T)
+            for part, filling in zip(zip(*features, strict=True), (pad_id(self.tokenizer), 0, True), strict=True)
+        )
+        lengths = torch.tensor([len(f[0]) for f in features])
+        masked, labels = mask_tokens(ids, special, len(self.special), mask, ordinary=self.ordinary, generator=generator)
+        real = torch.arange(longest) < lengths[:, None]  # (B, T)
+        return dict(ids=masked, segments=segments, mask=real, labels=labels, next=torch.tensor(random_next))
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def epoch(self, number):
+        lengths = [min(sum(map(len, sentences)), self.s.seq_len) for sentences in self.train]
+        return epoch_batches(lengths, self.s.batch_size, self.s.seed, number)
+
+    def batch(self, index):
+        per_epoch = len(self.epoch(0))
+        return self.rows(self.train, self.epoch(index // per_epoch)[index % per_epoch], seed_of(self.s, index))
+
+    def validation(self):
+        for i in range(max(1, EVAL_TOKENS // (self.s.seq_len * 32))):  # 32 rows, whatever --batch-size: the same masks
+            yield self.rows(self.val, [k % len(self.val) for k in range(i * 32, (i + 1) * 32)], i)
+
+    def scores(self, model, loss_sum):
+        right, masked, same, rows = 0, 0, 0, 0
+        for batch in self.validation():
+            batch = {name: tensor.to(self.s.device) for name, tensor in batch.items()}
+            following = batch.pop("next")
+            logits, targets, _ = model.outputs(**batch)  # (N, V), (N,)
+            right, masked = right + int((logits.argmax(-1) == targets).sum()), masked + len(targets)
+            guessed = model.next_logits(batch["ids"], batch["segments"], batch["mask"]).argmax(-1)  # (B,)
+            same, rows = same + int((guessed == following).sum()), rows + len(following)
+        return {"masked_accuracy": right / masked, "next_sentence_accuracy": same / rows}
+
+    def baselines(self):
+        """Words by their frequency alone, and one answer to every pair."""
+        ids = tokens_of(self.folder / "train.npy")[:10_000_000].int()
+        ids = ids[~self.special[ids.long()]]
+        masked = torch.cat([batch["labels"][batch["labels"] != -100] for batch in self.validation()])
+        following = torch.cat([batch["next"] for batch in self.validation()]).double().mean().item()
+        nats = baselines.unigram(ids, masked, self.tokenizer.vocab_size) / len(masked) + math.log(
+            2
+        )  # ln 2: of the pairs
+        usual = (masked == ids.bincount().argmax()).double().mean().item()
+        return {"unigram": {"val_loss": nats, "masked_accuracy": usual,
+                            "next_sentence_accuracy": max(following, 1 - following)}}  # fmt: skip
+
+    def sample(self, model, folder):
+        return fill_masks(self.s, model, self.tokenizer, self.s.prompt)
+
+
+def seed_of(s, index):
+    """A seed for what is drawn for the batch of that index."""
+    return int(hashlib.sha256(f"{s.seed} {index}".encode()).hexdigest()[:14], 16)
+
+
+# --- labelled rows ----------------------------------------------------------------------------------------------------
+
+
+def rows_of(s):
+    """(train, val): the rows of --data, checked and split. Raises ValueError naming file, row and problem."""
+    if s.data in SOURCES:
+        if LABELLED.get(s.data) != s.task:
+            wanted = next(name for name, task in LABELLED.items() if task == s.task)
+            raise ValueError(
+                f"--data {s.data}: has no {' and '.join(FIELDS[s.task])} for --task {s.task}; wanted {wanted}"
+            )
+        train, val = split([check_row(row, s.task, f"{s.data}:{i}") for i, row in enumerate(SOURCES[s.data](), 1)])
+    else:
+        train, val = split(*read_examples(s.data, s.task))
+    if s.task in ("classify", "tag"):
+        label_names(train, val)
+    return train, val
+
+
+def rows_to_score(s, labels):
+    """The rows of --data for --eval: those for validation if the data has such a part, else all of them."""
+    if s.data in SOURCES:
+        return rows_of(s)[1]
+    train, val = read_examples(s.data, s.task)
+    if s.task in ("classify", "tag"):
+        check_labels(val or train, labels)
+    return val or train
+
+
+def prepare_rows(s, folder, tokenizer):
+    """Labelled rows, checked and split, as .jsonl files in `folder`; returns the tokenizer, trained if new."""
+    train, val = rows_of(s)
+    for name, rows in (("train", train), ("val", val)):
+        lines = "".join(json.dumps(row | {"key": ""}) + "\n" for row in rows)  # a key may be a whole source file
+        write_beside(folder / f"{name}.jsonl", lambda beside, lines=lines: beside.write_text(lines, encoding="utf-8"))
+    if tokenizer is None:
+        texts = (" ".join(text) if isinstance(text, list) else text for row in train for text in texts_of(s.task, row))
+        tokenizer = new_tokenizer(s, texts)
+    print(f"data: {s.data}, {len(train):,} rows and {len(val):,} for validation, vocabulary {tokenizer.vocab_size:,}")
+    return checked(s, tokenizer)
+
+
+def read_rows(path):
+    """The rows of a file that `prepare_rows` wrote; none if there is no such file."""
+    return [json.loads(line) for line in open(path, encoding="utf-8")] if path.exists() else []
+
+
+def texts_of(task, row):
+    """What a tokenizer learns of a row."""
+    return [row[name] for name in FIELDS[task] if name not in ("label", "tags", "answers")]
+
+
+class Labelled:
+    """classify, tag, qa, seq2seq: rows with answers; batches as in Text, of rows of like length."""
+
+    def __init__(self, s, tokenizer, train, val, labels):
+        self.s, self.tokenizer, self.train, self.val, self.labels = s, tokenizer, train, val, labels
+        self.unit = {"classify": "texts", "qa": "ends of answers"}.get(s.task, "tokens")
+        self.features, self.val_features = (encode(s.task, rows, tokenizer, s.seq_len, labels) for rows in (train, val))
+        self.lengths = [len(f["source"]) + len(f["target"]) if "source" in f else len(f["ids"]) for f in self.features]
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def epoch(self, number):
+        return epoch_batches(self.lengths, self.s.batch_size, self.s.seed, number)
+
+    def batch(self, index):
+        per_epoch = len(self.epoch(0))
+        few = [self.features[i] for i in self.epoch(index // per_epoch)[index % per_epoch]]
+        if self.s.augment:
+            few = [self.augmented(f, random.Random(f"{self.s.seed} {index} {i}")) for i, f in enumerate(few)]
+        return collate(self.s.task, few, pad_id(self.tokenizer))
+
+    def augmented(self, f, rng):
+        """A feature with its text, but not the special tokens around it, swapped, deleted and masked."""
+        name, first = ("source", 0) if "source" in f else ("ids", 1)
+        mask = self.tokenizer.token_to_id("[MASK]")
+        ids, mask = f[name], self.tokenizer.eos_id if mask is None else mask
+        return f | {name: [*ids[:first], *adversarial.augment(ids[first:-1], mask, rng), ids[-1]]}
+
+    def validation(self):
+        for i in range(0, len(self.val_features), 64):
+            yield collate(self.s.task, self.val_features[i : i + 64], pad_id(self.tokenizer))
+
+    def scores(self, model, loss_sum):
+        return judge(self.s.task, predict(self.s, model, self.tokenizer, self.val), self.val)
+
+    def baselines(self):
+        s, train, val, named = self.s, self.train, self.val, {}
+        if not train:  # --eval on other data, where the run's own rows are gone
+            return {}
+        if s.task == "classify":
+            texts, labels = [row["text"] for row in train], [row["label"] for row in train]
+            named["majority class"] = baselines.majority(labels, len(val))
+            with contextlib.suppress(ImportError):  # without scikit-learn
+                named["bag of words"] = baselines.bag_of_words(texts, labels, [row["text"] for row in val])
+        elif s.task == "tag":
+            usual = baselines.majority([tag for row in train for tag in row["tags"]], 1)
+            named["majority tag"] = [usual * len(row["tags"]) for row in val]
+            named["each token's usual tag"] = baselines.usual_tags(train, val)
+        elif s.task == "qa":
+            named["sentence at the usual place"] = baselines.usual_sentence(train, val)
+            named["sentence with most words of the question"] = baselines.overlapping_sentence(val)
+        else:
+            named["the most frequent target"] = baselines.constant([row["target"] for row in train], len(val))
+            named["the source"] = [row["source"] for row in val]
+        return {name: judge(s.task, predicted, val) for name, predicted in named.items()}
+
+    def sample(self, model, folder):
+        rows = self.val[:: max(1, len(self.val) // 5)][:5]
+        found = predict(self.s, model, self.tokenizer, rows)
+        return "\n".join(show(self.s.task, row, answer) for row, answer in zip(rows, found, strict=True))
+
+
+def pad_id(tokenizer):
+    padding = tokenizer.token_to_id("[PAD]")
+    return tokenizer.eos_id if padding is None else padding  # a mask and labels of -100 say what is padding
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """Images in memory, (N, C, H, W) in [0, 1]; batches as in Text, drawn with replacement."""
+
+    unit = "images"
+
+    def __init__(self, s):
+        self.s = s
+        images = corpus.digits() if s.data == "digits" else corpus.read_images(s.data, IMAGE_SIZE)
+        if len(images) < 20:  # two of them for validation: the walk goes from one to the next
+            raise ValueError(f"--data {s.data}: {len(images)} images; wanted at least 20, a tenth to validate on")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # the same for every --seed
+        self.val, self.train = images[order].tensor_split([len(images) // 10])
+        print(f"data: {s.data}, {len(self.train):,} images and {len(self.val):,} for validation")
+
+    def batch(self, index):
+        generator = torch.Generator().manual_seed(self.s.seed * 1_000_003 + index)
+        return {"x": self.train[torch.randint(len(self.train), (self.s.batch_size,), generator=generator)]}
+
+    def validation(self):
+        return ({"x": x} for x in self.val.split(256))
+
+    def scores(self, model, loss_sum):
+        return {}
+
+    def baselines(self):
+        return {}
+
+    @torch.no_grad()
+    def sample(self, model, folder):
+        """Writes pictures: originals over reconstructions, samples, and a walk through latent space."""
+        from matplotlib import image as png
+
+        few = self.val[:10].to(self.s.device)  # (10, C, H, W)
+        generator = torch.Generator(self.s.device).manual_seed(self.s.seed)
+        pictures = {
+            "reconstructions.png": torch.cat([few, model(few)]),
+            "samples.png": model.sample(60, generator=generator),
+            "walk.png": torch.cat([model.interpolate(few[i - 1], few[i], 10) for i in range(1, min(len(few), 7))]),
+        }
+        for name, images in pictures.items():
+            tile = grid(images, 10).cpu().movedim(0, -1).expand(-1, -1, 3)  # (C, H, W) -> (H, W, 3)
+            tile = tile.repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()
+            write_beside(folder / name, lambda beside, tile=tile: png.imsave(beside, tile, format="png"))
+        return f"see {', '.join(pictures)}"
+
+
+def load_data(s, folder, tokenizer):
+    """The data that was prepared in `folder`."""
+    if s.task == "images":
+        return Images(s)
+    if s.task in FIELDS:
+        train, val = (read_rows(folder / f"{name}.jsonl") for name in ("train", "val"))
+        labels = label_names(train, val) if s.task in ("classify", "tag") else ()
+        return Labelled(s, tokenizer, train, val[:: -(-len(val) // EVAL_ROWS)], labels)
+    return (Text if s.task == "lm" else Pairs)(s, folder, tokenizer)
+
+
+# --- answers and scores -----------------------------------------------------------------------------------------------
+
+
+def judge(task, predicted, rows):
+    """Predictions for rows with answers -> the task's scores."""
+    if task in ("classify", "tag"):
+        true = [row["label" if task == "classify" else "tags"] for row in rows]
+        a, b = (predicted, true) if task == "classify" else (list(itertools.chain(*x)) for x in (predicted, true))
+        names = sorted({*a, *b})
+        ids = [torch.tensor([names.index(name) for name in x]) for x in (a, b)]
+        scores = {"accuracy": metrics.accuracy(*ids),
+                  "macro_f1": metrics.precision_recall_f1(*ids, len(names), "macro")[2]}  # fmt: skip
+        if task == "tag" and "B-" in "".join(names) and all(re.fullmatch("O|[BI]-.+", name) for name in names):
+            scores["entity_f1"] = metrics.entity_f1(predicted, true)[2]
+        return scores
+    if task == "qa":
+        true = [row["answers"]["text"] or [""] for row in rows]
+        pairs = [metrics.span_em_f1(*pair) for pair in zip(predicted, true, strict=True)]
+        return {"exact_match": sum(em for em, _ in pairs) / len(rows), "f1": sum(f1 for _, f1 in pairs) / len(rows)}
+    try:
+        import sacrebleu
+    except ImportError:
+        raise ImportError("--task seq2seq is scored with sacrebleu: pip install sacrebleu") from None
+    true = [row["target"] for row in rows]
+    same = sum(a == b for a, b in zip(predicted, true, strict=True))
+    return {"chrf": sacrebleu.corpus_chrf(predicted, [true]).score, "exact_match": same / len(rows)}
+
+
+@torch.no_grad()
+def predict(s, model, tokenizer, rows):
+    """What the model says of rows, whose own answers it does not see: labels, lists of tags, or texts."""
+    training, labels = model.training, getattr(model.config, "labels", ())
+    model.eval()
+    asked = [{name: row[name] for name in FIELDS[s.task][: 2 if s.task == "qa" else 1]} for row in rows]
+    features, found = encode(s.task, asked, tokenizer, s.seq_len, labels), []
+    order = sorted(range(len(features)), key=lambda i: len(features[i].get("source") or features[i]["ids"]))
+    for few in (order[i : i + 64] for i in range(0, len(order), 64)):  # of like length: less padding
+        batch = collate(s.task, [features[i] for i in few], pad_id(tokenizer))
+        batch = {name: tensor.to(s.device) for name, tensor in batch.items()}
+        if s.task == "seq2seq":
+            ids = beam_search(model, batch["source"], s.seq_len, s.beam, source_mask=batch["source_mask"])[0]
+            found += zip(few, (tokenizer.decode(x) for x in ids), strict=True)
+        else:
+            logits = model(batch["ids"], batch["segments"], batch["mask"]).float().cpu()
+            found += zip(few, logits, strict=True)
+    found = [x for _, x in sorted(found, key=lambda pair: pair[0])]
+    model.train(training)
+    return found if s.task == "seq2seq" else answers(s.task, asked, features, found, labels)
+
+
+def show(task, row, answer):
+    """One line of a row, the model's answer, and, where the row has it and they differ, the true one."""
+    if task == "tag" and "tags" in row:  # the mistakes alone
+        pairs = zip(row["tokens"], answer, row["tags"], strict=True)
+        return " ".join(token if a == b else f"{token}[{a}, true: {b}]" for token, a, b in pairs)
+    if task == "tag":
+        return " ".join(f"{token}/{tag}" for token, tag in zip(row["tokens"], answer, strict=True))
+    true = row["answers"]["text"][:1] if "answers" in row else [row[n] for n in ("label", "target") if n in row]
+    told = f" (true: {true[0]!r})" if true and true[0] != answer else ""
+    return f"{' '.join(row[FIELDS[task][0]].split())[:100]!r} -> {answer!r}{told}"
+
+
+def continue_text(s, model, tokenizer, prompt):
+    """Yields the pieces of a continuation, drawn with a generator of its own: a sample does not move training's."""
+    generator = torch.Generator(s.device).manual_seed(s.seed)
+    how = dict(temperature=s.temperature, top_p=s.top_p, generator=generator)
+    return stream_text(model, tokenizer, prompt, s.new_tokens, **how)
+
+
+@torch.no_grad()
+def fill_masks(s, model, tokenizer, text):
+    """The text with BERT's likeliest token for each [MASK]."""
+    ids = [
+        tokenizer.token_to_id("[CLS]"),
+        *tokenizer.encode(text, special=True)[: s.seq_len - 2],
+        tokenizer.token_to_id("[SEP]"),
+    ]
+    likeliest = model(torch.tensor([ids], device=s.device))[0].argmax(-1).tolist()
+    mask = tokenizer.token_to_id("[MASK]")
+    return tokenizer.decode([b if a == mask else a for a, b in zip(ids, likeliest, strict=True)][1:-1])

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: MIT
+"""train.py on every task, from files as users have them: it learns, resumes exactly, says what is wrong with rows."""
+
+import csv
+import json
+import math
+import os
+import pathlib
+import re
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import exact, fails, interrupt_at, lines, same
+
+import tasks
+import train
+
+TINY = ["--size", "tiny", "--tokenizer", "bytes", "--seq-len", "48", "--batch-size", "8", "--eval-every", "4"]
+TINY += ["--sample-every", "100", "--save-every", "4", "--log-every", "1", "--threads", "1"]
+MODEL = {"lm": "rnn", "mlm": "bert", "classify": "bert", "tag": "bert", "qa": "bert", "seq2seq": "transformer"}
+WORDS = "red blue green black white amber coral ivory lilac ochre".split()
+NUMBERS = ["1", "22", "333", "4444"]
+
+
+def rows_of(task, n=120):
+    """Rows whose answers follow from their texts by a rule that a small model finds."""
+    for i in range(n):
+        word, number = WORDS[i % len(WORDS)], NUMBERS[i // len(WORDS) % len(NUMBERS)]
+        if task == "classify":
+            yield {"text": f"{word} {'cat' if i % 3 else 'dog'} {number} {i}", "label": "feline" if i % 3 else "canine"}
+        elif task == "tag":
+            tokens = [word, number, "Ada", "Lovelace", str(i)]
+            yield {"tokens": tokens, "tags": ["O", "B-NUM", "B-PER", "I-PER", "B-NUM"]}
+        elif task == "qa":
+            context = f"The {word} box holds {number}. It is row {i}."
+            yield {"question": "What does it hold?", "context": context, "answers": number}
+        else:
+            yield {"source": f"{word} {i}", "target": word.upper()[:4]}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    for task in tasks.FIELDS:
+        pathlib.Path(f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(task)))
+    text = [
+        f"The {w} house has {n} rooms. They are {v}. No one lives there." for w in WORDS for n in NUMBERS for v in WORDS
+    ]
+    pathlib.Path("lm.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text))
+    pathlib.Path("mlm.jsonl").write_text(pathlib.Path("lm.jsonl").read_text())
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def flags(task, *more, steps=8):
+    return [*TINY, "--model", MODEL[task], "--task", task, "--data", f"{task}.jsonl", "--steps", str(steps), *more]
+
+
+def go(task, *more, out=None, steps=8):
+    out = pathlib.Path(out or f"out/{task}")
+    train.main(flags(task, *more, "--out", str(out), steps=steps))
+    return out
+
+
+def scores(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
+# --- every task -------------------------------------------------------------------------------------------------------
+
+LEARNS = {  # steps, flags and what the best score of a constant is: the model has to beat it
+    "classify": (60, ["--lr", "3e-3", "--dropout", "0", "--optimizer", "adamw"], "accuracy", "majority class"),
+    "tag": (60, ["--lr", "3e-3", "--dropout", "0", "--optimizer", "adamw"], "entity_f1", "majority tag"),
+    "qa": (150, ["--lr", "5e-3", "--optimizer", "adamw"], "f1", "sentence at the usual place"),
+    "seq2seq": (60, ["--lr", "5e-3", "--dropout", "0", "--optimizer", "adamw"], "chrf", "the most frequent target"),
+    "lm": (60, ["--lr", "1e-2", "--optimizer", "adamw"], "bits_per_byte", "unigram"),
+    "mlm": (60, ["--lr", "3e-3", "--optimizer", "adamw"], "val_loss", "unigram"),
+}
+
+
+@pytest.mark.parametrize("task", LEARNS)
+def test_a_task_is_learnt_better_than_its_baseline(task, capsys):
+    steps, more, score, baseline = LEARNS[task]
+    out = go(task, *more, "--eval-every", "30", steps=steps)
+    said, found = capsys.readouterr().out, scores(out)
+    assert found["task"] == task and f"baseline, {baseline}: " in said and "before: " in said and "after: " in said
+    assert all(math.isfinite(value) for value in found.values() if isinstance(value, float))
+    ours, theirs = found[score], found["baselines"][baseline][score]
+    assert ours < theirs if score in ("val_loss", "bits_per_byte") else ours > theirs, found
+    if score == "val_loss":
+        assert found["val_loss"] == min(r["val_loss"] for r in lines(out) if r["val_loss"])
+
+    before = (out / "metrics.json").read_bytes()
+    train.main(["--eval", "--base", str(out)])  # on what the run kept: the same numbers again
+    again = scores(out)
+    assert (
+        again[score] == pytest.approx(found[score], abs=1e-6) and again["baselines"].keys() == found["baselines"].keys()
+    )
+    assert json.loads(before).keys() == again.keys()
+
+
+@pytest.mark.parametrize("task", ["lm", "mlm", "classify", "seq2seq"])
+def test_resuming_is_exact(task, monkeypatch):
+    more = ["--dropout", "0.1", "--grad-accum", "2", *(["--augment"] if task in ("classify", "seq2seq") else [])]
+    whole = exact(go(task, *more, out="out/whole"))
+    undo = interrupt_at(5, monkeypatch)
+    with pytest.raises(SystemExit) as stop:
+        go(task, *more, out="out/parts")
+    assert stop.value.code == 128 + signal.SIGINT
+    undo()
+    train.main(["--resume"])
+    assert same(exact(pathlib.Path("out/parts")), whole)
+
+
+def test_samples_of_every_task(capsys):
+    asked = {"classify": ("red cat 1", r"-> '(feline|canine)'"), "tag": ("red 1 Ada", r"red/\S+ 1/\S+ Ada/\S+"),
+             "qa": ("Is it? The red box holds 1.", "'Is it.' -> "), "seq2seq": ("red 1", "'red 1' -> "),
+             "mlm": ("The [MASK] house", "^The .* house$"), "lm": ("The ", "^The ")}  # fmt: skip
+    for task, (text, wanted) in asked.items():
+        out = go(task, steps=2)
+        capsys.readouterr()
+        train.main(["--base", str(out), "--sample", text, "--new-tokens", "4"])
+        assert re.search(wanted, capsys.readouterr().out, re.M), task
+    fails(["--base", "out/qa", "--sample", "no question"], capsys, "--sample", "'?'")
+    fails(["--base", "out/tag", "--chat"], capsys, "--chat", "tag")
+
+
+def test_evaluation_on_other_rows_scores_all_of_them(capsys):
+    """Every row counts, not a tenth of them: of two labels swapped everywhere, the accuracy is the complement."""
+    out = go("classify", "--lr", "3e-3", "--optimizer", "adamw", "--dropout", "0", steps=40)
+    rows = list(rows_of("classify", 20))
+    other = {"feline": "canine", "canine": "feline"}
+    found = []
+    for name, swap in (("same", False), ("swapped", True)):
+        new = [row | {"label": other[row["label"]] if swap else row["label"]} for row in rows]
+        pathlib.Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in new))
+        train.main(["--eval", "--base", str(out), "--data", f"{name}.jsonl"])
+        found.append(scores(out)["accuracy"])
+    assert sum(found) == pytest.approx(1) and found[0] > 0.5
+    pathlib.Path("new.jsonl").write_text('{"text": "a", "label": "feline"}\n{"text": "b", "label": "equine"}\n')
+    fails(
+        ["--eval", "--base", str(out), "--data", "new.jsonl"], capsys, "new.jsonl:2", "'equine'", "not seen in training"
+    )
+
+
+def test_csv_and_a_local_dataset_give_the_same_model_as_jsonl(capsys):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = list(rows_of("classify"))
+    with open("classify.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    pathlib.Path("local").mkdir()
+    pathlib.Path("local/train.jsonl").write_text(pathlib.Path("classify.jsonl").read_text())
+    expected = load_file(go("classify", steps=2) / "model.safetensors")
+    for name in ("classify.csv", "hf:local", "local"):
+        train.main([*flags("classify", steps=2)[:-4], "--data", name, "--steps", "2", "--out", "out/b", "--overwrite"])
+        found = load_file("out/b/model.safetensors")
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+
+
+# --- adapting ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_pretrained_bert_gets_the_head_of_each_task(capsys):
+    """All the ways to adapt it; what is frozen stays as it was, bit for bit."""
+    base = go("mlm", out="out/bert", steps=4)
+    start = load_file(base / "model.safetensors")
+    for task in ("classify", "tag", "qa"):
+        for method in ("full", "freeze", "lora"):
+            out = go(
+                task,
+                "--finetune",
+                method,
+                *(["--top", "1"] if method == "freeze" else []),
+                out=f"out/{task}-{method}",
+                steps=2,
+            )
+            said = capsys.readouterr().out
+            assert f"base: {base}" in said
+            found = re.search(r"([\d,]+) parameters, ([\d,]+) trained", said).groups()
+            every, trained = (int(x.replace(",", "")) for x in found)
+            assert (trained == every) == (method == "full")
+            if method != "lora":
+                end = load_file(out / "model.safetensors")
+                moved = {name for name in start.keys() & end.keys() if not torch.equal(start[name], end[name])}
+                below = {name for name in start if "embeddings" in name or "layer.0." in name}
+                assert bool(moved & below) == (method == "full") and moved - below
+            train.main(["--eval", "--base", str(out)])  # the head of an adapter comes back with it
+            told = re.findall(r"validation loss ([\d.]+)", capsys.readouterr().out)
+            assert float(told[0]) == pytest.approx(
+                json.loads((out / "args.json").read_text())["best"]["val_loss"], abs=1e-4
+            )
+    train.main(["--merge", "--base", "out/classify-lora"])
+    first, merged = re.findall(r"validation loss ([\d.]+)", capsys.readouterr().out)
+    assert float(first) == pytest.approx(float(merged), abs=1e-3)
+    import transformers
+
+    opened = transformers.AutoModelForSequenceClassification.from_pretrained("out/classify-lora-merged")
+    assert set(opened.config.id2label.values()) == {"feline", "canine"}
+
+
+def test_renewing_changes_nothing_that_the_encoder_computes():
+    model = train.BERT(train.BERTConfig(60, 32, 2, 2, 64, 16, task="classify", labels=("a", "b"))).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+        batch = {"ids": torch.randint(60, (3, 9)), "labels": torch.tensor([0, 1, 0])}
+        before, pooler = model.outputs(**batch)[2], model.bert.pooler.dense.weight.clone()
+        train.renew(model)
+        torch.testing.assert_close(model.outputs(**batch)[2], before, atol=1e-5, rtol=1e-5)
+    assert model.bert.embeddings.word_embeddings.weight.detach().std().item() == pytest.approx(0.02)
+    assert not torch.equal(model.bert.pooler.dense.weight, pooler)
+
+
+def test_without_a_base_it_pretrains_first_and_bad_rows_are_refused_before_that(monkeypatch, capsys):
+    monkeypatch.setitem(tasks.SOURCES, "stdlib-docs", lambda: tasks.corpus.read_documents("mlm.jsonl"))
+    short = train.RECIPES["bert", "mlm"][0] | {"steps": 2, "batch_size": 4, "seq_len": 48}
+    monkeypatch.setitem(train.RECIPES, ("bert", "mlm"), (short, {}))
+    pathlib.Path("bad.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b"}\n')
+    argv = [*TINY, "--task", "classify", "--finetune", "full", "--steps", "2"]
+    fails([*argv, "--data", "bad.jsonl"], capsys, "bad.jsonl:2", "label")
+    train.main([*argv, "--data", "classify.jsonl"])
+    said = capsys.readouterr().out
+    assert "training one first, into out/bert" in said and os.path.exists("out/classify-full/model.safetensors")
+    assert lines(pathlib.Path("out/bert"))[-1]["step"] == 2
+
+
+@pytest.mark.parametrize("task", ["lm", "mlm", "classify", "seq2seq"])
+def test_distillation_takes_blocks_of_the_teacher(task, capsys):
+    teacher = go(task, out="out/teacher", steps=4)
+    out = go(task, "--finetune", "distill", out="out/student", steps=4)
+    said = capsys.readouterr().out
+    assert f"base: {teacher}" in said and "student: blocks" in said
+    count = [sum(t.numel() for t in load_file(f / "model.safetensors").values()) for f in (teacher, out)]
+    assert count[1] < count[0] or task == "lm"  # the tiny RNN has one layer
+    again = go(
+        task, "--finetune", "distill", "--teacher", str(teacher), "--distill-weights", "0,1,0", out="out/b", steps=4
+    )
+    a, b = (load_file(f / "state" / "checkpoint.safetensors") for f in (out, again))
+    assert not all(torch.equal(a[k], b[k]) for k in a), "the teacher teaches nothing"
+
+
+def test_resuming_a_distillation_is_exact(monkeypatch):
+    go("seq2seq", out="out/teacher", steps=4)
+    whole = exact(go("seq2seq", "--finetune", "distill", out="out/whole"))
+    undo = interrupt_at(5, monkeypatch)
+    with pytest.raises(SystemExit):
+        go("seq2seq", "--finetune", "distill", out="out/parts")
+    undo()
+    train.main(["--resume", "out/parts"])
+    assert same(exact(pathlib.Path("out/parts")), whole)
+
+
+# --- objectives -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [
+    ["--label-smoothing", "0.1"], ["--l1", "0.001"], ["--augment"], ["--adversarial", "fgm"], ["--adversarial", "pgd"],
+    ["--adversarial", "freelb", "--epsilon", "0.5"], ["--adversarial", "rdrop", "--dropout", "0.1"],
+], ids=lambda more: " ".join(more))  # fmt: skip
+def test_each_changes_training_and_not_evaluation(more):
+    plain = go("classify", "--dropout", "0.1", out="out/plain", steps=4)
+    other = go("classify", "--dropout", "0.1", *more, out="out/other", steps=4)
+    a, b = lines(plain), lines(other)
+    assert a[-1]["loss"] != b[-1]["loss"]
+    before = [json.loads((out / "args.json").read_text())["before"]["val_loss"] for out in (plain, other)]
+    assert before[0] == before[1], "the loss that is compared between runs must not change"
+
+
+@pytest.mark.parametrize("task", ["lm", "mlm", "seq2seq"])
+def test_perturbed_embeddings_on_every_model(task):
+    go(task, "--adversarial", "fgm", steps=2)
+
+
+def test_l1_leaves_weights_nearer_to_zero():
+    sizes = []
+    for more in ([], ["--l1", "0.01"]):
+        out = go(
+            "classify",
+            "--optimizer",
+            "sgd",
+            "--lr",
+            "0.1",
+            "--weight-decay",
+            "0",
+            "--clip",
+            "0",
+            "--overwrite",
+            *more,
+            steps=20,
+        )
+        tensors = load_file(out / "state" / "checkpoint.safetensors")
+        sizes.append(sum(t.abs().sum().item() for n, t in tensors.items() if n.startswith("model.") and t.dim() > 1))
+    assert sizes[1] < 0.95 * sizes[0]
+
+
+def test_the_best_checkpoint_is_that_of_the_metric(monkeypatch):
+    """Accuracy decides for a task, whatever the loss does; the model that is kept is the one that had it."""
+    told = iter([0.2, 0.9, 0.5, 0.1, 0.1, 0.1])  # before training, then at each evaluation
+    monkeypatch.setattr(
+        tasks.Labelled, "scores", lambda self, model, loss_sum: {"accuracy": next(told), "macro_f1": 0.0}
+    )
+    out = go("classify", "--patience", "2", steps=40)
+    run = json.loads((out / "args.json").read_text())
+    assert run["best_step"] == 4 and lines(out)[-1]["step"] == 12 and scores(out)["accuracy"] == 0.9
+
+
+# --- what bad input gets ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task, rows, words", [
+    ("classify", [{"text": "a", "label": "x"}, {"text": "b", "label": " "}], ["bad.jsonl:2", "label"]),
+    ("classify", [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}], ["bad.jsonl:1", "'x'", "two labels"]),
+    ("classify", [{"text": "a", "label": "x"}], ["bad.jsonl", "two"]),
+    ("tag", [{"tokens": ["a", "b"], "tags": ["O", "X"]}, {"tokens": ["a", "b"], "tags": ["O"]}],
+     ["bad.jsonl:2", "2 tokens and 1 tags"]),
+    ("qa", [{"question": "q?", "context": "c", "answers": "c"}, {"question": "q?", "context": "c", "answers": "d"}],
+     ["bad.jsonl:2", "'d'", "not in its context"]),
+    ("seq2seq", [{"source": "a"}], ["bad.jsonl:1", "target"]),
+    ("seq2seq", [], ["bad.jsonl", "no examples"]),
+])  # fmt: skip
+def test_bad_rows(task, rows, words, capsys):
+    pathlib.Path("bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fails([*TINY, "--task", task, "--data", "bad.jsonl"], capsys, *words)
+
+
+def test_a_validation_file_with_a_label_unseen_in_training(capsys):
+    pathlib.Path("parts").mkdir()
+    pathlib.Path("parts/train.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n')
+    pathlib.Path("parts/validation.csv").write_text("text,label\nc,x\nd,z\n")
+    fails([*TINY, "--task", "classify", "--data", "parts"], capsys, "validation.csv:3", "'z'", "not seen in training")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--task", "clasify"], ["--task", "'clasify'", "'classify'"]),
+    (["--task", "classify", "--model", "gpt"], ["--task classify", "--model gpt", "--model bert"]),
+    (["--model", "bert", "--task", "lm"], ["--task lm", "--model bert", "gpt"]),
+    (["--task", "classify", "--data", "stdlib-lexical"], ["stdlib-lexical", "stdlib-areas"]),
+    (["--task", "tag", "--augment"], ["--augment", "tag"]),
+    (["--teacher", "x"], ["--teacher x", "--finetune distill"]),
+    (["--finetune", "distill", "--distill-weights", "1,2"], ["--distill-weights", "1,2"]),
+    (["--finetune", "distill", "--teacher", "missing"], ["missing"]),
+    (["--model", "vae", "--finetune", "freeze"], ["--finetune freeze", "VAE"]),
+    (["--model", "vae", "--label-smoothing", "0.1"], ["--label-smoothing", "VAE"]),
+    (["--task", "classify", "--adversarial", "rdrop", "--dropout", "0"], ["rdrop", "--dropout"]),
+    (["--task", "classify", "--adversarial", "fgm", "--compile"], ["--adversarial fgm", "--compile"]),
+    (["--task", "qa", "--label-smoothing", "0.1"], ["--label-smoothing", "qa"]),
+    (["--task", "classify", "--data", "hf:nowhere/nothing"], ["hf:nowhere/nothing"]),
+    (["--task", "classify", "--data", "classify.txt"], ["classify.txt"]),
+    (["--model", "bert", "--data", "one.txt"], ["one.txt"]),
+    (["--task", "classify", "--data", "classify.jsonl", "--tokenizer", "tokenizer.json"], ["[PAD]", "--tokenizer"]),
+], ids=lambda value: " ".join(value) if value[0].startswith("--") else "")  # fmt: skip
+def test_bad_settings(argv, words, capsys):
+    pathlib.Path("one.txt").write_text("A single document. It has sentences. " * 3)
+    pathlib.Path("classify.txt").write_text("text")
+    tasks.Tokenizer.train(["x"], 300, "bytes").save("tokenizer.json")
+    fails([*TINY, *argv], capsys, *words)
+
+
+def test_a_teacher_of_other_labels(capsys):
+    go("classify", out="out/teacher", steps=2)
+    pathlib.Path("other.jsonl").write_text(
+        "".join(json.dumps({"text": f"t {i}", "label": str(i % 3)}) + "\n" for i in range(30))
+    )
+    argv = [*flags("classify")[:-4], "--finetune", "distill", "--data", "other.jsonl", "--steps", "2"]
+    fails([*argv, "--teacher", "out/teacher"], capsys, "--teacher out/teacher", "labels")
