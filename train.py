@@ -113,7 +113,7 @@ RECIPES = {  # (model, task): what a setting left open becomes in training anew,
         {},
     ),
     ("transformer", "seq2seq"): (
-        dict(data="stdlib-signatures", steps=300, batch_size=32, seq_len=64, lr=5e-3, optimizer="muon", dropout=0.1),
+        dict(data="stdlib-signatures", size="mini", steps=900, batch_size=32, seq_len=64, lr=5e-3, optimizer="muon", dropout=0.1),
         dict(steps=200),
     ),
     ("vae", "images"): (
@@ -130,7 +130,7 @@ class Settings:
     model: str = setting(None, list(MODELS), "what to train; default: what the task or --base says, else gpt")
     task: str = setting(None, list(TASKS), "what to learn; default lm (gpt, rnn), mlm (bert), seq2seq (transformer)")
     size: str = setting(
-        None, list(SIZES), "layers, heads and width; default small, mini for a BERT: minutes on two cores"
+        None, list(SIZES), "layers, heads and width; default small, for most tasks mini: minutes on two cores"
     )
     data: str = setting(None, str, "file or folder: .txt .md .py .jsonl ..., rows in .jsonl or .csv for a task, images "
                     f"for the VAE; hf:OWNER/NAME; or, without a download, {', '.join(SOURCES)}")  # fmt: skip
