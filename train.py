@@ -113,7 +113,8 @@ RECIPES = {  # (model, task): what a setting left open becomes in training anew,
         {},
     ),
     ("transformer", "seq2seq"): (
-        dict(data="stdlib-signatures", size="mini", steps=900, batch_size=32, seq_len=64, lr=5e-3, optimizer="muon", dropout=0.1),
+        dict(data="stdlib-signatures", size="mini", steps=900, batch_size=32, seq_len=64, lr=5e-3, optimizer="muon",
+             dropout=0.1),
         dict(steps=200),
     ),
     ("vae", "images"): (
