@@ -274,7 +274,9 @@ def test_each_changes_training_and_not_evaluation(more):
 
 @pytest.mark.parametrize("task", ["lm", "mlm", "seq2seq"])
 def test_perturbed_embeddings_on_every_model(task):
-    go(task, "--adversarial", "fgm", steps=2)
+    plain, other = (go(task, *more, out=f"out/{len(more)}", steps=2) for more in ([], ["--adversarial", "fgm"]))
+    a, b = (load_file(out / "state" / "checkpoint.safetensors") for out in (plain, other))
+    assert not all(torch.equal(a[key], b[key]) for key in a), "the perturbation did not reach the gradient"
 
 
 def test_l1_leaves_weights_nearer_to_zero():
