@@ -41,7 +41,7 @@ import torch
 from minimal import adversarial, baselines, metrics, stdlib_tasks
 from minimal import data as corpus
 from minimal.checkpoint import write_beside
-from minimal.examples import FIELDS, check_labels, check_row, label_names, read_examples, split
+from minimal.examples import FIELDS, check_labels, check_row, label_names, load_hub, read_examples, split
 from minimal.features import answers, collate, encode, epoch_batches
 from minimal.generate import stream_text
 from minimal.mlm import join_pair, mask_tokens, sentence_pair
@@ -113,7 +113,7 @@ def prepare_text(s, folder, tokenizer):
     started, held_out = time.perf_counter(), []
     # BERT's pretraining holds out the docstrings that its task will be judged on: not even their text was seen.
     share = 0.1 if s.data == "stdlib-docs" else 0.05
-    parts = prepared(SOURCES.get(s.data, lambda: corpus.read_documents(s.data))(), share)
+    parts = prepared(documents_of(s), share)
     part = next(parts, None)
     if part is None:
         raise ValueError(f"--data {s.data}: nothing is left of it after cleaning")
@@ -139,6 +139,18 @@ def prepare_text(s, folder, tokenizer):
     print(f"data: {s.data}, {n_train:,} tokens and {n_val:,} for validation, vocabulary {tokenizer.vocab_size:,}; "
           f"{time.perf_counter() - started:.0f} s")  # fmt: skip
     return tokenizer
+
+
+def documents_of(s):
+    """The documents of --data: a source of our own, files, or the column "text" of a data set of the hub."""
+    if s.data in SOURCES:
+        return SOURCES[s.data]()
+    if not s.data.startswith("hf:"):
+        return corpus.read_documents(s.data)
+    part = next(iter(load_hub(s.data[3:]).values()))  # "train", where there is one; a part of it validates
+    if "text" not in part.column_names:
+        raise ValueError(f"--data {s.data}: has the columns {', '.join(part.column_names)}; wanted text")
+    return (corpus.Document(row["text"]) for row in part if row["text"])
 
 
 def prepared(documents, share):
@@ -351,10 +363,11 @@ def texts_of(task, row):
 class Labelled:
     """classify, tag, qa, seq2seq: rows with answers; batches as in Text, of rows of like length."""
 
-    def __init__(self, s, tokenizer, train, val, labels):
+    def __init__(self, s, tokenizer, train, val, labels, segments):
         self.s, self.tokenizer, self.train, self.val, self.labels = s, tokenizer, train, val, labels
         self.unit = {"classify": "texts", "qa": "ends of answers"}.get(s.task, "tokens")
-        self.features, self.val_features = (encode(s.task, rows, tokenizer, s.seq_len, labels) for rows in (train, val))
+        how = tokenizer, s.seq_len, labels, segments
+        self.features, self.val_features = (encode(s.task, rows, *how) for rows in (train, val))
         self.lengths = [len(f["source"]) + len(f["target"]) if "source" in f else len(f["ids"]) for f in self.features]
 
     @functools.lru_cache(maxsize=1)  # noqa: B019
@@ -407,6 +420,11 @@ class Labelled:
         rows = self.val[:: max(1, len(self.val) // 5)][:5]
         found = predict(self.s, model, self.tokenizer, rows)
         return "\n".join(show(self.s.task, row, answer) for row, answer in zip(rows, found, strict=True))
+
+
+def segments_of(model):
+    """How many kinds of segments a model tells apart; None stands for one that is trained anew."""
+    return getattr(model.config, "type_vocab_size", 1) if model else 3  # BERT's two, and words of the question
 
 
 def pad_id(tokenizer):
@@ -463,14 +481,16 @@ class Images:
         return f"see {', '.join(pictures)}"
 
 
-def load_data(s, folder, tokenizer):
-    """The data that was prepared in `folder`."""
+def load_data(s, folder, tokenizer, base=None):
+    """The data that was prepared in `folder`, for a model to come or for `base`, whose labels and segments it has."""
     if s.task == "images":
         return Images(s)
     if s.task in FIELDS:
         train, val = (read_rows(folder / f"{name}.jsonl") for name in ("train", "val"))
         labels = label_names(train, val) if s.task in ("classify", "tag") else ()
-        return Labelled(s, tokenizer, train, val[:: -(-len(val) // EVAL_ROWS)], labels)
+        own = getattr(base.config, "labels", ()) if base else ()
+        labels = own if set(own) == set(labels) else labels  # in the order of the base's head, which then stays
+        return Labelled(s, tokenizer, train, val[:: -(-len(val) // EVAL_ROWS)], labels, segments_of(base))
     return (Text if s.task == "lm" else Pairs)(s, folder, tokenizer)
 
 
@@ -508,7 +528,7 @@ def predict(s, model, tokenizer, rows):
     training, labels = model.training, getattr(model.config, "labels", ())
     model.eval()
     asked = [{name: row[name] for name in FIELDS[s.task][: 2 if s.task == "qa" else 1]} for row in rows]
-    features, found = encode(s.task, asked, tokenizer, s.seq_len, labels), []
+    features, found = encode(s.task, asked, tokenizer, s.seq_len, labels, segments_of(model)), []
     order = sorted(range(len(features)), key=lambda i: len(features[i].get("source") or features[i]["ids"]))
     for few in (order[i : i + 64] for i in range(0, len(order), 64)):  # of like length: less padding
         batch = collate(s.task, [features[i] for i in few], pad_id(tokenizer))
@@ -546,11 +566,11 @@ def continue_text(s, model, tokenizer, prompt):
 @torch.no_grad()
 def fill_masks(s, model, tokenizer, text):
     """The text with BERT's likeliest token for each [MASK]."""
-    ids = [
-        tokenizer.token_to_id("[CLS]"),
-        *tokenizer.encode(text, special=True)[: s.seq_len - 2],
-        tokenizer.token_to_id("[SEP]"),
-    ]
+    cls, sep, mask = (tokenizer.token_to_id(token) for token in SPECIAL[2:])
+    ids = [cls, *tokenizer.encode(text, special=True), sep]
+    if mask not in ids:
+        raise ValueError(f"--sample {text!r:.60}: wanted a text with [MASK] where a word is to be filled in")
+    if len(ids) > s.seq_len:
+        raise ValueError(f"--sample {text!r:.60}: is {len(ids)} tokens long; wanted at most {s.seq_len}")
     likeliest = model(torch.tensor([ids], device=s.device))[0].argmax(-1).tolist()
-    mask = tokenizer.token_to_id("[MASK]")
     return tokenizer.decode([b if a == mask else a for a, b in zip(ids, likeliest, strict=True)][1:-1])

@@ -52,7 +52,7 @@ from minimal.rnn import RNN, RNNConfig
 from minimal.runs import newest, read_json, write_json
 from minimal.settings import flag, parse, setting
 from minimal.tokenizer import Tokenizer
-from minimal.transformer import Transformer, TransformerConfig
+from minimal.transformer import Transformer, TransformerConfig, sinusoidal_positions
 from minimal.vae import VAE, VAEConfig
 from tasks import (
     SOURCES,
@@ -69,6 +69,7 @@ from tasks import (
     read_rows,
     rows_of,
     rows_to_score,
+    segments_of,
     show,
 )
 
@@ -82,6 +83,8 @@ SIZES = {  # layers, heads, width
     "gpt2": (12, 12, 768),
 }
 MODELS = {"gpt": GPT, "rnn": RNN, "bert": BERT, "transformer": Transformer, "vae": VAE}
+ARCHITECTURES = {"BertForPreTraining": "mlm", "BertForMaskedLM": "mlm", "BertForSequenceClassification": "classify",
+                 "BertForTokenClassification": "tag", "BertForQuestionAnswering": "qa"}  # fmt: skip
 KINDS = {"gpt2": "gpt"} | {name: name for name in MODELS if name != "gpt"}  # model_type in config.json -> --model
 EMBEDDINGS = {"gpt": "transformer.wte", "rnn": "embedding", "bert": "bert.embeddings.word_embeddings",
               "transformer": "embedding"}  # fmt: skip
@@ -109,7 +112,7 @@ RECIPES = {  # (model, task): what a setting left open becomes in training anew,
              dropout=0.1), {},
     ),
     ("bert", "qa"): (
-        dict(data="stdlib-questions", size="mini", steps=500, batch_size=16, seq_len=256, lr=3e-3, optimizer="muon"),
+        dict(data="stdlib-questions", size="mini", steps=400, batch_size=16, seq_len=256, lr=5e-3, optimizer="muon"),
         {},
     ),
     ("transformer", "seq2seq"): (
@@ -144,7 +147,7 @@ class Settings:
     # adaptation
     base: str = setting(None, str, "folder to adapt (default: the newest pretrained beside --out) or use (the newest)")
     finetune: str = setting(None, ["full", "freeze", "lora", "distill"], "adapt --base instead of training anew")
-    top: int = setting(2, (int, 1), "freeze: blocks that train, from the top, with what stands above them")
+    top: int = setting(1, (int, 1), "freeze: blocks that train, from the top, with what stands above them")
     rank: int = setting(8, (int, 1), "LoRA: rank of the update; 8 serves most tasks")
     alpha: float = setting(16.0, (float, 1e-9), "LoRA: the update counts alpha / rank; twice the rank is common")
     lora_dropout: float = setting(0.0, (float, 0, 1), "LoRA: dropout before A; an adapter this small seldom overfits")
@@ -168,7 +171,7 @@ class Settings:
     dropout: float = setting(None, (float, 0, 1), "default 0, or 0.1 for labelled tasks; adapting: as in the base")
     label_smoothing: float = setting(0.0, (float, 0, 1), "share of the target spread over all classes; 0.1 is common")
     adversarial: str = setting(None, ["fgm", "pgd", "freelb", "rdrop"], "perturbed embeddings, or dropout twice")
-    epsilon: float = setting(1.0, (float, 0), "adversarial: norm of the perturbation of a row's embeddings")
+    epsilon: float = setting(0.1, (float, 0), "adversarial: norm of the change, as a share of a full row's embeddings")
     augment: bool = setting(False, bool, "swap, delete and mask a tenth of the tokens of training texts")
     clip: float = setting(1.0, (float, 0), "largest gradient norm; 0 does not clip")
     patience: int = setting(0, (int, 0), "stop after so many evaluations without gain; 0 never does")
@@ -210,9 +213,10 @@ ACTIONS = {  # instead of training; at most one
 
 def complete(s):
     """Fills what was left open, from the task, the recipe and the machine; refuses what does not go together."""
-    base = Path(s.teacher or s.base or "")
-    if s.model is None and s.task is None and (s.base or s.teacher) and (base / "config.json").exists():
-        s.model = KINDS.get(read_json(base / "config.json").get("model_type"))
+    if s.teacher and s.base and Path(s.teacher).resolve() != Path(s.base).resolve():
+        raise ValueError(f"--teacher {s.teacher} beside --base {s.base}: wanted one, which the student begins from too")
+    if s.task is None and (s.base or s.teacher):
+        s.model, s.task = purpose_of(s.teacher or s.base, s.model)
     s.model = s.model or (TASKS[s.task].models[0] if s.task else "gpt")
     s.task = s.task or TASK_OF[s.model]
     if s.model not in TASKS[s.task].models:
@@ -250,8 +254,8 @@ def complete(s):
     for name, value in ({"size": "small"} | recipe).items():
         if getattr(s, name) is None:
             setattr(s, name, value)
-    if s.adversarial == "rdrop" and not s.dropout and (s.dropout == 0 or not s.finetune):
-        raise ValueError("--adversarial rdrop: compares two passes of different dropout; wanted --dropout above 0")
+    if s.adversarial == "rdrop" and s.task == "mlm":
+        raise ValueError("--adversarial rdrop: not for --task mlm, whose next sentences it leaves out; wanted another")
     s.out = s.out or f"out/{folder_of(s)}"
     s.warmup = s.steps // 20 if s.warmup is None else s.warmup
     if s.warmup > s.steps:
@@ -263,13 +267,26 @@ def complete(s):
         usable = False
     if not usable:
         raise ValueError(f"--device {s.device}: not to be had with this PyTorch here; wanted cpu, cuda or mps")
-    if s.data not in SOURCES and not s.data.startswith("hf:") and not Path(s.data).exists():
-        raise ValueError(f"--data {s.data}: no such file or folder")
     half = s.device.startswith("cuda") and torch.cuda.is_bf16_supported()
     s.dtype = s.dtype or ("bfloat16" if half else "float32")
     if s.threads:
         torch.set_num_threads(s.threads)
     return s
+
+
+def purpose_of(folder, model):
+    """(--model, --task) of a model's folder where they are not given; None where it does not say."""
+    path = Path(folder) / "config.json"
+    config = read_json(path) if path.exists() else {}
+    kind, task = model or KINDS.get(config.get("model_type")), None
+    if kind == "bert" and config.get("architectures"):
+        task = ARCHITECTURES.get(config["architectures"][0])
+    return kind, task
+
+
+def check_data(s):
+    if s.data not in SOURCES and not s.data.startswith("hf:") and not Path(s.data).exists():
+        raise ValueError(f"--data {s.data}: no such file or folder")
 
 
 def weights_of(s):
@@ -299,12 +316,15 @@ def new_model(s, data):
     if s.model == "rnn":  # a cell does the work of two blocks, one after the other: wider and fewer
         return RNN(RNNConfig(vocab_size, 2 * width, max(1, layers // 2), s.cell, dropout, eos_token_id=eos_id))
     if s.model == "bert":
-        task, labels = "pretrain" if s.task == "mlm" else s.task, getattr(data, "labels", ())
-        what = dict(task=task, labels=labels, pad_token_id=pad_id(data.tokenizer))
+        task, labels = "pretrain" if s.task == "mlm" else s.task, data.labels if s.task in ("classify", "tag") else ()
+        what = dict(task=task, labels=labels, pad_token_id=pad_id(data.tokenizer), type_vocab_size=segments_of(None))
         if s.task == "mlm":  # so that the two losses count as much as each other, as in the paper
             what["next_weight"] = data.masked_per_pair
         config = BERTConfig(vocab_size, width, layers, heads, 4 * width, s.seq_len, dropout=dropout, **what)
-        return BERT(config, attention=attention)
+        model = BERT(config, attention=attention)
+        if s.task in ("tag", "qa"):
+            place(model)
+        return model
     config = TransformerConfig(vocab_size, width, heads, layers, layers, 4 * width, dropout, s.seq_len + 1, norm="pre",
                                bos_token_id=eos_id, eos_token_id=eos_id)  # fmt: skip
     return Transformer(config, attention=attention)
@@ -370,6 +390,18 @@ def adapt(s, model):
 
 
 @torch.no_grad()
+def place(model):
+    """Lets a new BERT tell places apart: positions begin as the sinusoids of Vaswani et al. (1706.03762, section 3.5),
+    for which "the token before" is one rotation; they and the segments are four times as large as words.
+
+    With it two blocks find the answer to a question within 300 steps; without it they only know what answers look like.
+    A text's class is a matter of words, and is learnt more slowly so."""
+    table = model.bert.embeddings.position_embeddings.weight  # (P, C)
+    table.copy_(0.08 * 2**0.5 * sinusoidal_positions(torch.arange(len(table)), table.size(1)))
+    model.bert.embeddings.token_type_embeddings.weight *= 4
+
+
+@torch.no_grad()
 def renew(model):
     """Makes a pretrained BERT as quick to learn a task as a new one; what its encoder computes stays the same.
 
@@ -427,7 +459,10 @@ def objective(s, model, teacher, data):
         def loss(**batch):
             with torch.no_grad():
                 known = teacher.outputs(**batch)
-            return distillation_loss(model.outputs(**batch), known, **how)
+            total, n = distillation_loss(model.outputs(**batch), known, **how)
+            if "next" in batch:  # of next sentences the outputs say nothing: learnt from the labels, as in pretraining
+                total = total + model.config.next_weight * next_loss(model, **batch)
+            return total, n
 
         return loss
     if s.adversarial == "rdrop":
@@ -435,13 +470,26 @@ def objective(s, model, teacher, data):
     return functools.partial(model.loss, **smoothing)
 
 
+def next_loss(model, ids, segments, mask, labels, next):
+    """The summed loss of next sentences, where something of a pair is masked, as in BERT.loss."""
+    targets = next.masked_fill((labels == -100).all(1), -100)  # (B,)
+    return torch.nn.functional.cross_entropy(model.next_logits(ids, segments, mask).float(), targets, reduction="sum")
+
+
 def attack_of(s, model):
     """backward -> (loss_sum, n): how --adversarial runs a microbatch, by default once."""
     attack = {"fgm": adversarial.fgm, "pgd": adversarial.pgd, "freelb": adversarial.free_lb}.get(s.adversarial)
     if attack is None:
         return lambda backward: backward(1.0)
-    name = EMBEDDINGS[s.model]
-    return lambda backward: attack(backward, model.get_submodule(name), epsilon=s.epsilon)
+    tied = getattr(model.config, "tied", True)
+    name = EMBEDDINGS[s.model] if tied else "source_embedding"
+    words = model.get_submodule(name)
+
+    def perturbed(backward):
+        row = float(words.weight.detach().norm(dim=1).mean()) * math.sqrt(s.seq_len)  # norm of a row's embeddings
+        return attack(backward, words, epsilon=s.epsilon * row)
+
+    return perturbed
 
 
 def count(model):
@@ -474,7 +522,7 @@ def loss_on(s, loss, batch):
 
 
 def better(s, scores, best):
-    name = TASKS[s.task].best
+    name = "entity_f1" if "entity_f1" in scores else TASKS[s.task].best
     if best is None:
         return True
     return scores[name] < best[name] if name.endswith("loss") else scores[name] > best[name]
@@ -524,6 +572,9 @@ def fit(s, model, data, teacher, folder, resume, record):
         progress = dict(step=0, elapsed=0.0, before=evaluate(s, model, data), best=None, best_step=0, without_gain=0)
         progress["before"]["sample"] = sample(s, model, data, folder, "before training")
         print("before: " + describe(progress["before"]))
+        if s.finetune and not getattr(model, "fresh", ()):  # it may become worse: then what it was stays
+            progress["best"] = progress["before"]
+            save_model(s, model, folder)
     started = time.perf_counter() - progress["elapsed"]
 
     def save():
@@ -679,13 +730,13 @@ def find_base(s):
             new.task, new.finetune, new.data = s.task, "full", s.data
         elif new.task in FIELDS:
             new.data = s.data
-        elif s.model != "vae":
+        if s.model != "vae":
             new.seq_len, new.dropout = s.seq_len, s.dropout
         complete(new)
         new.out = str(root / folder_of(new))
         if s.model != "vae" and s.finetune in ("lora", "freeze"):  # what cannot be adapted is better known before
             with torch.device("meta"):
-                adapt(s, new_model(new, Blank(s.vocab_size)))
+                adapt(s, new_model(dataclasses.replace(new, task=s.task), Blank(s.vocab_size)))
         unfinished = finished(s, "unfinished")
         then = f"going on with {unfinished}" if unfinished else f"training one first, into {new.out}"
         print(f"no finished model to build on under {root}/: {then}")
@@ -740,7 +791,7 @@ def set_up(s, folder, resume=False):
             prepare = prepare_rows if s.task in FIELDS else prepare_text
             tokenizer = prepare(s, folder / "state", tokenizer)
         tokenizer.save(folder)
-    data = load_data(s, folder / "state", tokenizer)
+    data = load_data(s, folder / "state", tokenizer, known)
     torch.manual_seed(s.seed)
     if s.finetune == "distill":
         teacher = known
@@ -757,6 +808,8 @@ def set_up(s, folder, resume=False):
         model = known or new_model(s, data)
     if s.finetune and s.dropout is not None and s.model != "vae":
         model.config.dropout = s.dropout
+    if s.adversarial == "rdrop" and not model.config.dropout:
+        raise ValueError("--adversarial rdrop: compares two passes of different dropout; wanted --dropout above 0")
     adapt(s, model)
     model.to(s.device)
     every, trained = count(model)
@@ -776,6 +829,8 @@ def context_of(model):
 def run(s, resume=False):
     """Trains from settings to a finished folder, which it returns."""
     started, out = time.perf_counter(), Path(s.out)
+    if not resume or s.task == "images":  # which is read anew; all else was kept as it was prepared
+        check_data(s)
     if not resume:
         check_free(s, out)
         if s.finetune:
@@ -813,6 +868,8 @@ def run(s, resume=False):
 
     progress = fit(s, model, data, teacher, out, resume, record)
     runs.plot(out)
+    if progress["best_step"] != progress["step"]:
+        model = load_model(out)[0].to(s.device)
     after, before = sample(s, model, data, out, "after training"), progress["before"]
     best = {name: value for name, value in progress["best"].items() if name != "sample"}
     others = report(s, out, best, data)
@@ -923,6 +980,8 @@ def score(action, s, given):
     """--eval and --merge, on --data if it is given, else on what the run itself kept for validation"""
     folder, model, tokenizer = load_for(action, s)
     out = Path(s.out if "out" in given else f"{folder}-merged")
+    if "data" in given or s.task == "images":
+        check_data(s)
     if action == "--merge":
         if not (folder / "adapter_config.json").exists():
             raise ValueError(f"--merge: {folder} is no adapter; wanted --base to name the folder of a LoRA run")
@@ -936,7 +995,7 @@ def score(action, s, given):
         if s.task in FIELDS:
             labels = getattr(model.config, "labels", ())
             rows = rows_to_score(s, labels) if other else read_rows(own / kept)
-            data = Labelled(s, tokenizer, read_rows(own / "train.jsonl"), rows, labels)
+            data = Labelled(s, tokenizer, read_rows(own / "train.jsonl"), rows, labels, segments_of(model))
         else:
             if tokenizer and other:
                 own = Path(temporary)

@@ -23,7 +23,8 @@ Departures, and what else to know:
   they are: give epsilon in units of ||e||. Padding takes its share of FreeLB's random start, and of nothing else.
 - Each pass draws its own dropout; FreeLB keeps one mask over its steps (a `backward` that seeds itself does so too).
 - R-Drop's alpha is half of the paper's, which adds L_p and L_q instead of averaging them. EDA's deletion takes a fixed
-  number of tokens, not each with a probability; masking stands in for its synonyms and insertions.
+  number of tokens, not each with a probability; masking stands in for its synonyms and insertions. The paper's number
+  of changes, n = alpha l for l tokens, is rounded to the nearest; its code makes at least one, also in a text of two.
 
     def backward(weight):                                     # one microbatch; called once for each pass
         loss, count = model.loss(**batch)
@@ -56,12 +57,14 @@ def fgm(backward, embedding, epsilon=1.0):
     return pgd(backward, embedding, epsilon, step_size=epsilon, steps=1)
 
 
-def pgd(backward, embedding, epsilon=1.0, step_size=0.4, steps=3):
+def pgd(backward, embedding, epsilon=1.0, step_size=None, steps=3):
     """Adds to .grad that of 1/2 L(e) + 1/2 L(e + delta), delta found in `steps` steps; (loss_sum, n) of the clean pass.
 
-    step_size: norm of one step for an example; the rest is as for fgm. Madry et al. section 2.1, in the l2 norm.
+    step_size: norm of one step for an example. None is 1.5 epsilon / steps: from the centre the way to the boundary is
+    epsilon, and half of that again is left for turns, in a ball of any size (a fixed step leaves a small one at once,
+    and never crosses a large one). The rest is as for fgm. Madry et al. section 2.1, in the l2 norm.
     """
-    _check(embedding, epsilon, step_size, steps)
+    step_size = _check(embedding, epsilon, step_size, steps)
     deltas = []
     with _perturbed(embedding, deltas):
         clean = backward(0.5)
@@ -76,13 +79,13 @@ def pgd(backward, embedding, epsilon=1.0, step_size=0.4, steps=3):
     return clean
 
 
-def free_lb(backward, embedding, epsilon=1.0, step_size=0.4, steps=3):
+def free_lb(backward, embedding, epsilon=1.0, step_size=None, steps=3):
     """Adds to .grad the mean of the gradients at `steps` perturbations, each an ascent step from the last.
 
-    The first is random, from torch's generator. Returns the mean of the `steps` summed losses, and n. The rest is as
-    for pgd. Zhu et al. algorithm 1.
+    The first is random, from torch's generator, so that steps - 1 climb. Returns the mean of the `steps` summed losses,
+    and n. The rest, the default of step_size too, is as for pgd. Zhu et al. algorithm 1.
     """
-    _check(embedding, epsilon, step_size, steps)
+    step_size = _check(embedding, epsilon, step_size, steps)
     deltas, mean = [], 0.0
     for step in range(steps):
         if step:
@@ -94,13 +97,15 @@ def free_lb(backward, embedding, epsilon=1.0, step_size=0.4, steps=3):
 
 
 def _check(embedding, epsilon, step_size, steps):
+    """The step size, once all four are sound."""
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(f"embedding is a {type(embedding).__name__}: wanted the nn.Embedding of the tokens")
-    for name, value in (("epsilon", epsilon), ("step_size", step_size)):
+    for name, value in (("epsilon", epsilon), ("step_size", 0.0 if step_size is None else step_size)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} = {value!r}: wanted a finite number of at least 0")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps = {steps!r}: wanted a whole number of at least 1")
+    return 1.5 * epsilon / steps if step_size is None else step_size
 
 
 @contextlib.contextmanager
@@ -198,13 +203,14 @@ def augment(ids, mask_id, generator, swap=0.1, delete=0.1, mask=0.1):
     """A new list: ids with some pairs of tokens swapped, then some deleted, then some replaced by mask_id.
 
     ids: the tokens of one text, without [CLS] and the like. generator: the random.Random to draw from. swap, delete,
-    mask: shares of the length; each that is above 0 acts at least once (EDA's code), but never deletes or masks the
-    last token left. Wei & Zou section 2. ValueError: a share outside 0 to 1.
+    mask: shares of the length, each for the nearest whole number of changes (a half is rounded up): at a tenth a text
+    of fewer than 5 tokens stays as it is. The last token left is never deleted or masked. Wei & Zou section 2.
+    ValueError: a share outside 0 to 1.
     """
     for name, share in (("swap", swap), ("delete", delete), ("mask", mask)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name} = {share!r}: wanted a share from 0 to 1")
-    n_swap, n_delete, n_mask = (max(1, int(share * len(ids))) if share else 0 for share in (swap, delete, mask))
+    n_swap, n_delete, n_mask = (int(share * len(ids) + 0.5) for share in (swap, delete, mask))
     out = list(ids)
     for _ in range(n_swap if len(out) > 1 else 0):
         i, j = generator.sample(range(len(out)), 2)
@@ -261,9 +267,9 @@ if __name__ == "__main__":
             if kind == "FGM":
                 _, n = fgm(backward, model.embedding, epsilon)
             elif kind == "PGD":
-                _, n = pgd(backward, model.embedding, epsilon, epsilon / 2, steps=3)
+                _, n = pgd(backward, model.embedding, epsilon)
             elif kind == "FreeLB":
-                _, n = free_lb(backward, model.embedding, epsilon, epsilon / 2, steps=3)
+                _, n = free_lb(backward, model.embedding, epsilon)
             else:
                 if kind == "EDA":  # masking alone keeps the length
                     x = torch.tensor([augment(row, 200, rng, swap=0, delete=0, mask=0.1) for row in x.tolist()])

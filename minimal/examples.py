@@ -6,11 +6,11 @@ No paper, but for the answers, which are SQuAD's (Rajpurkar et al. 2016, arXiv 1
     classify  {"text", "label"}                    seq2seq  {"source", "target"}
     tag       {"tokens", "tags"}                   qa       {"question", "context", "answers"}
 
-answers is {"text": [...], "answer_start": [...]} in characters, a string, or a list of strings (each then stands where
-it is first found); an empty one says that there is no answer. A .csv needs a header; in it tokens and tags are parted
-by spaces, and answers may be JSON. A folder holds train.jsonl or train.csv and, if you like, validation.jsonl or .csv;
-"hf:NAME" asks the `datasets` library (a hub's OWNER/NAME or a local folder). Rows with the same "key", if they have
-one, else with the same text, fall on the same side:
+answers is {"text": [...], "answer_start": [...]} in characters, as in SQuAD's files a list of {"text", "answer_start"},
+a string, or a list of strings (each then stands where it is first found); an empty one says that there is no answer.
+A .csv needs a header; in it tokens and tags are parted by spaces, and answers may be JSON. A folder holds train.jsonl
+or train.csv and, if you like, validation.jsonl or .csv; "hf:NAME" asks the `datasets` library (a hub's OWNER/NAME or a
+local folder). Rows with the same "key", if they have one, else with the same text, fall on the same side:
 
     in validation iff SHA-256(key) < share * 2^256          so no row moves when others come or go
 
@@ -26,9 +26,11 @@ There are no tensors here.
 
 import collections
 import csv
+import difflib
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -54,6 +56,7 @@ def check_row(row: object, task: str, where: str) -> dict:
         found = f"the fields {', '.join(map(repr, row)):.80}" if isinstance(row, dict) else f"a {type(row).__name__}"
         missing = [name for name in fields if isinstance(row, dict) and name in row and row[name] is None]
         found = f"nothing under {', '.join(missing)}" if missing else found
+        found += _near(row, fields) if isinstance(row, dict) else ""
         raise ValueError(f"{where}: wanted an object with {', '.join(fields)}, found {found}")
     new = {name: row[name] for name in fields}
     for name, value in new.items():
@@ -76,10 +79,22 @@ def check_row(row: object, task: str, where: str) -> dict:
     return new | {"where": where, "key": str(key)}
 
 
+def _near(row, fields):
+    """Which names of the row may be meant by the fields that it lacks; blanks and capitals do not count."""
+    others, hints = {str(name).strip().lower(): name for name in row if name not in fields}, []
+    for field in fields:
+        near = difflib.get_close_matches(field, others, 2) if field not in row else []
+        hints += [f"wanted {field}, not " + " or ".join(f"{others[name]!r:.40}" for name in near)] if near else []
+    return f" ({'; '.join(hints)})" if hints else ""
+
+
 def _string(value, name, where, is_label):
     """The value, if it is a string that holds something; a label may be a number."""
     if is_label and isinstance(value, (int, str)):
         value = str(value).strip()
+    elif is_label:
+        wanted = "a string, a whole number (1, not 1.0) or a bool"
+        raise ValueError(f"{where}: {name} = {value!r:.60}: wanted {wanted}")
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: {name} = {value!r:.60}: wanted a string that is not empty")
     try:
@@ -94,9 +109,12 @@ def _answers(answers, context, where):
     """Any way to write answers -> {"text": [...], "answer_start": [...]}"""
     if isinstance(answers, str) and answers.lstrip()[:1] in ("{", "[") and answers not in context:  # a cell of a .csv
         try:
-            answers = json.loads(answers)
+            answers = json.loads(answers, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: answers = {answers!r:.60}: malformed JSON: {error}") from None
+    if isinstance(answers, list) and answers and all(isinstance(a, dict) for a in answers):  # as in SQuAD's files
+        there = [name for name in ("text", "answer_start") if any(name in a for a in answers)]
+        answers = {name: [a.get(name) for a in answers] for name in there}
     texts = answers.get("text") if isinstance(answers, dict) else answers
     texts = [texts] if isinstance(texts, str) else texts
     starts = answers.get("answer_start") if isinstance(answers, dict) else None
@@ -110,8 +128,22 @@ def _answers(answers, context, where):
     for text, start in found:
         if not isinstance(start, int) or start < 0 or context[start : start + len(text)] != text:
             at = "" if starts is None else f" at character {start!r:.60}"
+            same = text not in context and unicodedata.normalize("NFC", text) in unicodedata.normalize("NFC", context)
+            at += "; its context has it in another Unicode normal form (NFC or NFD)" if same else ""
             raise ValueError(f"{where}: the answer {text[:60]!r} is not in its context{at}")
     return {"text": [t for t, _ in found], "answer_start": [start for _, start in found]}
+
+
+def _twice(names):
+    """The first of the names that stands there more than once, or None."""
+    return next((name for name, count in collections.Counter(names).items() if count > 1), None)
+
+
+def _object(pairs):
+    """A JSON object, where `json` would let the last of equal keys win."""
+    if (key := _twice(key for key, _ in pairs)) is not None:
+        raise ValueError(f"the key {key!r:.60} stands twice in an object")
+    return dict(pairs)
 
 
 def _read(path: Path) -> Iterator[tuple[int, object]]:
@@ -124,6 +156,8 @@ def _read(path: Path) -> Iterator[tuple[int, object]]:
                 for cells in (reader := csv.reader(file, strict=True)):
                     if cells and header is None:
                         header = cells
+                        if (name := _twice(filter(str.strip, cells))) is not None:  # a spreadsheet's may have no name
+                            raise ValueError(f"{path}:{line}: the column {name!r:.60} stands twice in the header")
                     elif cells and len(cells) != len(header):
                         raise ValueError(f"{path}:{line}: {len(cells)} cells, wanted {len(header)} as in the header")
                     elif cells:
@@ -133,7 +167,7 @@ def _read(path: Path) -> Iterator[tuple[int, object]]:
             for line, text in enumerate(file, 1):
                 if text.strip():
                     try:
-                        row = json.loads(text)
+                        row = json.loads(text, object_pairs_hook=_object)
                     except (ValueError, RecursionError) as error:
                         what = str(error).replace(": line 1 ", " at ")
                         raise ValueError(f"{path}:{line}: malformed JSON: {what}") from None
@@ -160,30 +194,41 @@ def _rows(path: Path, task: str) -> list[dict]:
     return rows
 
 
-def _from_hub(name: str, task: str) -> tuple[list[dict], list[dict] | None]:
-    """`read_examples` of a dataset of the hub, or of a local folder in one of its layouts."""
+def load_hub(name: str):
+    """The `datasets` library's dict of parts of a dataset of the hub, or of a local folder in one of its layouts.
+
+    Raises ImportError without the library, ValueError when it cannot load that."""
     try:
         import datasets
     except ImportError:
         raise ImportError("--data hf:OWNER/NAME needs the datasets library: pip install datasets") from None
     try:
-        found = datasets.load_dataset(name)
+        return datasets.load_dataset(name)
     except Exception as error:  # the library has many kinds, network errors among them
         raise ValueError(f"hf:{name}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+
+
+def _from_hub(name: str, task: str) -> tuple[list[dict], list[dict] | None]:
+    """`read_examples` of what `load_hub` finds."""
+    found = load_hub(name)
     # Only what is used is checked: the labels of a test part are often held back.
     used = ["train" if "train" in found else next(iter(found))]
     used += [part for part in (*VALIDATION, "test") if part in found and part not in used][:1]
     result = []
     for part in used:
-        names = {}  # column -> names that its numbers stand for
-        for column, feature in found[part].features.items():
-            names[column] = getattr(getattr(feature, "feature", feature), "names", None)
+        column = {"classify": "label", "tag": "tags"}.get(task)
+        feature = found[part].features.get(column)
+        names = getattr(getattr(feature, "feature", feature), "names", None)  # that its numbers stand for
         result.append([])
         for number, row in enumerate(found[part], 1):
-            for column in row.keys() & {"label", "tags"}:
-                if names[column]:
-                    row[column] = _named(row[column], names[column])
+            if names:
+                row[column] = _named(row[column], names)
             result[-1].append(check_row(row, task, f"hf:{name} {part}:{number}"))
+        seen = {label for row in result[0] for label in labels_of(row)}
+        for label in names or ():
+            if label.strip() not in seen:  # it would be lost without a word: what has no row cannot be learnt
+                wanted = f"a row of each of the {len(names)} classes that it declares"
+                raise ValueError(f"hf:{name} {used[0]}: no row has the label {label!r:.60}; wanted {wanted}")
     return result[0], result[1] if len(result) > 1 else None
 
 
@@ -197,7 +242,8 @@ def _named(value, names):
 def read_examples(path: str | os.PathLike, task: str) -> tuple[list[dict], list[dict] | None]:
     """(rows to train on, rows to validate on or None) of a file, a folder or "hf:NAME"; see the module for the kinds.
 
-    Raises ValueError as `check_row` does, and for a file without rows; ImportError without `datasets` for "hf:"."""
+    Raises ValueError as `check_row` does, for a file without rows, a column or key that stands twice, and a class that
+    a dataset of the `datasets` library declares without a row to train on; ImportError without it for "hf:"."""
     if task not in FIELDS:
         raise ValueError(f"task = {task!r}: wanted {', '.join(FIELDS)}")
     if os.fspath(path).startswith("hf:"):

@@ -8,6 +8,7 @@ Le 2014 (1409.3215):
     tag       [CLS] pieces of the tokens [SEP]      a token's tag stands at its first piece, -100 at the others (5.3)
     qa        [CLS] question [SEP] context [SEP]    the span i <= j of the context with the largest s_i + e_j (4.2); it
                                                     answers if that exceeds s_0 + e_0, the score of [CLS] (4.3)
+                                                    segments: 0 question, 1 context; 2 its words of the question
     seq2seq   source <eos>  and  <eos> target <eos> a decoder that is trained to begin and to stop
 
 Departures: a context that does not fit is read in windows that overlap by half, and the window whose span gains most
@@ -15,7 +16,8 @@ over its [CLS] answers (the paper's code takes the largest sum, which is not com
 do not fit go on in another feature of the same row; a longer text, source or target loses its end, as does a question
 beyond a third of the length. An answer of at most half a window is whole in one of them; a window without the whole
 answer has none. The threshold of "no answer" is 0. Character offsets need no support from the tokenizer, as byte-level
-pieces spell the text without loss.
+pieces spell the text without loss. Segment 2 is the exact match of Chen, Fisch, Weston, Bordes, "Reading Wikipedia",
+2017 (1704.00051, 3.2), for a model that has such a segment: to find a word again is learnt late, and from much text.
 
     features = encode("classify", rows, tokenizer, length=128, labels=("bad", "good"))
     batch = collate("classify", [features[i] for i in epoch_batches(lengths, 32, seed=0, epoch=0)[0]])
@@ -26,6 +28,7 @@ Letters: B rows of a batch, T their tokens after padding, S those of a source, L
 
 import hashlib
 import random
+import re
 from collections.abc import Sequence
 
 import torch
@@ -35,11 +38,13 @@ POOL = 16  # batches whose rows are sorted by length together: less padding, and
 LONGEST_ANSWER = 64  # tokens: a longer span answers no question
 
 
-def encode(task: str, rows: Sequence[dict], tokenizer, length: int, labels: Sequence[str] = ()) -> list[dict]:
+def encode(task: str, rows: Sequence[dict], tokenizer, length: int, labels: Sequence[str] = (),
+           segments: int = 2) -> list[dict]:  # fmt: skip
     """Rows -> features: dicts of lists of at most `length` ids, with "row", the index that each came from. (A target
     has length + 1, as a decoder reads all but the last and is asked for all but the first.)
 
-    tokenizer: minimal/tokenizer.py's, with the tokens [CLS] and [SEP], or an eos_id for seq2seq. Rows need not have
+    tokenizer: minimal/tokenizer.py's, with the tokens [CLS] and [SEP], or an eos_id for seq2seq. segments: how many the
+    model knows; with a third, qa marks the context's words that stand in the question. Rows need not have
     labels, tags, answers or a target (to predict): then the features have none. Raises ValueError when `length` leaves
     no room, the tokenizer lacks those tokens, or a label is none of `labels`."""
     cls, sep, eos = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]"), tokenizer.eos_id
@@ -79,13 +84,13 @@ def encode(task: str, rows: Sequence[dict], tokenizer, length: int, labels: Sequ
                 if "tags" not in row:
                     del new["labels"]
         elif task == "qa":
-            features += _windows(index, row, tokenizer, length, cls, sep)
+            features += _windows(index, row, tokenizer, length, cls, sep, segments > 2)
         else:
             raise ValueError(f"task = {task!r}: wanted classify, tag, qa or seq2seq")
     return features
 
 
-def _windows(index, row, tokenizer, length, cls, sep):
+def _windows(index, row, tokenizer, length, cls, sep, mark):
     """The features of a question: its context in one window, or in several that overlap by half."""
     context = row["context"]
     question, ids = tokenizer.encode(row["question"])[: length // 3], tokenizer.encode(context)
@@ -95,7 +100,9 @@ def _windows(index, row, tokenizer, length, cls, sep):
         there = here + len(tokenizer.decode_bytes([i]))
         offsets.append((at_byte[here], at_byte[there - 1] + 1))  # characters [start, end) that the token touches
         here = there
-    head = [cls, *question, sep]
+    asked = set(re.findall(r"\w+", row["question"].lower())) if mark else ()
+    same = [i for m in re.finditer(r"\w+", context) if m[0].lower() in asked for i in range(m.start(), m.end())]
+    same, head = set(same), [cls, *question, sep]
     room = length - len(head) - 1
     step, answers, run = max(1, room // 2), row.get("answers"), []
     if answers is not None and answers["text"]:  # of several the first is learnt; all count when it is scored
@@ -104,7 +111,7 @@ def _windows(index, row, tokenizer, length, cls, sep):
     for begin in range(0, max(1, len(ids) - room + step), step):  # the last is the first that reaches the end
         part = offsets[begin : begin + room]
         new = {"row": index, "ids": [*head, *ids[begin : begin + room], sep], "head": len(head), "offsets": part}
-        new["segments"] = [0] * len(head) + [1] * (len(part) + 1)
+        new["segments"] = [0] * len(head) + [1 + (not same.isdisjoint(range(a, b))) for a, b in part] + [1]
         if answers is not None:
             new["starts"] = new["ends"] = 0  # [CLS]: no answer in this window
             if run and begin <= run[0] and run[-1] < begin + room:

@@ -68,7 +68,7 @@ def linear_cross_entropy(x, weight, targets, bias=None, *, label_smoothing=0.0, 
         raise ValueError(f"weight of shape {tuple(weight.shape)}: wanted (classes, {x.size(1)}), as x has channels")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias of shape {tuple(bias.shape)}: wanted ({len(weight)},), one number per class")
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"chunk = {chunk!r}: wanted a whole number of rows, at least 1")
     _check_smoothing(label_smoothing)
     tensors = [x, weight] if bias is None else [x, weight, bias]
@@ -141,15 +141,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def focal(logits, targets, gamma=2.0, alpha=None, ignore_index=-100):
     """Focal loss summed over the rows that count, and their number: logits (N, V), targets int64 (N,).
 
-    gamma = 0 is cross-entropy; the larger, the less a row counts that is already right. alpha: None, or one weight per
-    class (V,). (The paper divides by the number of rows that are not background.) Raises ValueError as cross_entropy
-    does, and for a negative gamma. Source: 1708.02002, equation 5.
+    gamma = 0 is cross-entropy; the larger, the less a row counts that is already right. alpha: None, or a tensor (V,),
+    one weight per class. (The paper divides by the number of rows that are not background.) Raises ValueError as
+    cross_entropy does, and for a negative gamma or an alpha that is no such tensor. Source: 1708.02002, equation 5.
     """
     _check_logits(logits)
     if not gamma >= 0:
         raise ValueError(f"gamma = {gamma!r}: wanted a number of at least 0")
-    if alpha is not None and alpha.shape != logits.shape[1:]:
-        raise ValueError(f"alpha of shape {tuple(alpha.shape)}: wanted ({logits.size(1)},), one weight per class")
+    if alpha is not None and (not isinstance(alpha, torch.Tensor) or alpha.shape != logits.shape[1:]):
+        got = f"of shape {tuple(alpha.shape)}" if isinstance(alpha, torch.Tensor) else f"= {alpha!r:.60}"
+        raise ValueError(f"alpha {got}: wanted a tensor of shape ({logits.size(1)},), one weight per class")
     kept = _counted_rows(targets, *logits.shape, ignore_index)
     z, y = _shifted(logits[kept]), targets[kept]  # (n, V), (n,)
     ln_p = z.gather(1, y[:, None]).squeeze(1) - z.exp().sum(1).log()  # (n,)

@@ -62,7 +62,7 @@ def confusion_matrix(predictions, targets, n_classes):
     predictions, targets: integer labels 0 .. n_classes - 1 (tensors or lists) of one shape. A target of -100 is not
     counted, whatever is predicted there. ValueError: shapes differ, nothing to count, a label is out of range."""
     predictions, targets = _counted(predictions, targets)
-    if not isinstance(n_classes, int) or n_classes < 1:
+    if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 1:
         raise ValueError(f"n_classes = {n_classes!r}: wanted a whole number of at least 1")
     for name, labels in (("predictions", predictions), ("targets", targets)):
         low, high = labels.min().item(), labels.max().item()
@@ -92,7 +92,7 @@ def precision_recall_f1(predictions, targets, n_classes, average, positive=1):
     confusion = confusion_matrix(predictions, targets, n_classes).cpu()  # (L, L), where float64 always is
     tp, predicted, true = confusion.diag(), confusion.sum(0), confusion.sum(1)  # 3 x (L,)
     if average == "binary":
-        if n_classes != 2 or positive not in (0, 1):
+        if n_classes != 2 or positive not in (0, 1) or isinstance(positive, bool):  # True would index as a mask
             raise ValueError(f"n_classes = {n_classes}, positive = {positive!r}: wanted 2 and 0 or 1 with 'binary'")
         tp, predicted, true = tp[positive], predicted[positive], true[positive]
     if average == "micro":

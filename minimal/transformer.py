@@ -185,8 +185,7 @@ class Transformer(nn.Module):
     def encode(self, source, source_mask=None):
         """Memory (B, S, C) of source, int64 (B, S); source_mask: bool (B, S), True for a real token; None: all are.
 
-        What memory holds at padded places means nothing, and is not read. Raises ValueError for wrong shapes or dtypes.
-        """
+        What memory holds at padded places means nothing and is not read. ValueError for wrong shapes or dtypes."""
         if source_mask is not None and (source_mask.dtype != torch.bool or source_mask.shape != source.shape):
             got, wanted = tuple(source_mask.shape), tuple(source.shape)
             raise ValueError(f"source_mask of shape {got}, {source_mask.dtype}: wanted {wanted}, torch.bool")
@@ -207,8 +206,7 @@ class Transformer(nn.Module):
         """Logits (B, T, V) for the token after each of target, int64 (B, T), given memory (B, S, C).
 
         cache: None, or a list that the caller owns, `[]` at first. Each call extends its entries, ([k, v], [k, v]) a
-        layer: of the targets read so far (B, tokens, C), from where positions go on, and of the memory (B, S, C).
-        """
+        layer: of the targets read so far (B, tokens, C), from where positions go on, and of the memory (B, S, C)."""
         return self.lm_head(self._states(target, memory, source_mask, cache))  # (B,T,C) x (V,C) -> (B,T,V)
 
     def forward(self, source, target, source_mask=None):
@@ -276,9 +274,10 @@ class Transformer(nn.Module):
 @torch.no_grad()
 def greedy(model, source, max_new_tokens, source_mask=None):
     """The likeliest token, again and again: B lists of up to max_new_tokens ids, without bos and eos; source as in
-    `encode`. Raises ValueError in training mode, where dropout would change the tokens."""
-    if model.training:
-        raise ValueError("model: in training mode, wanted model.eval()")
+    `encode`. ValueError in training mode, where dropout would change the tokens, or for more of them than max_len."""
+    if model.training or not 0 <= max_new_tokens <= model.config.max_len:
+        wanted = f"False (model.eval()), 0 to {model.config.max_len}, max_len"
+        raise ValueError(f"{model.training=}, {max_new_tokens=}: wanted {wanted}")
     eos, memory, cache = model.config.eos_token_id, model.encode(source, source_mask), []
     ids = source.new_full((len(source), 1), model.config.bos_token_id)
     for _ in range(max_new_tokens):
@@ -295,10 +294,10 @@ def beam_search(model, source, max_new_tokens, beam=4, length_penalty=0.6, sourc
     Each step keeps the K best continuations; those that end in eos leave the beam, and the best is remembered. At
     L = max_new_tokens what still lives is cut off and competes as it is. The log P of a live hypothesis can only fall
     and lp only grow, so log P / lp(L) bounds all that may come of it: it dies once that is not above the best score.
-    Beam 1 is `greedy`. Raises ValueError in training mode, for beam < 1 and for length_penalty < 0 (no bound there).
-    """
-    if model.training or beam < 1 or length_penalty < 0:
-        raise ValueError(f"{model.training=}, {beam=}, {length_penalty=}: wanted False, at least 1, at least 0")
+    Beam 1 is `greedy`. ValueError as there, and for beam < 1 and length_penalty < 0 (no bound there)."""
+    if model.training or not 0 <= max_new_tokens <= model.config.max_len or beam < 1 or length_penalty < 0:
+        wanted = f"False (model.eval()), 0 to {model.config.max_len}, max_len, at least 1, at least 0"
+        raise ValueError(f"{model.training=}, {max_new_tokens=}, {beam=}, {length_penalty=}: wanted {wanted}")
     c, B, K, L, dead = model.config, len(source), beam, max_new_tokens, -math.inf
     memory, cache = model.encode(source, source_mask).repeat_interleave(K, dim=0), []  # (B K, S, C)
     mask = None if source_mask is None else source_mask.repeat_interleave(K, dim=0)  # (B K, S)
@@ -308,7 +307,7 @@ def beam_search(model, source, max_new_tokens, beam=4, length_penalty=0.6, sourc
     best, scores = [[] for _ in range(B)], live.new_full((B,), dead)
     for n in range(1, L + 1):
         logp = model.decode(ids[:, -1:], memory, mask, cache)[:, -1].to(live.dtype).log_softmax(-1)  # (B K, V)
-        live, chosen = (live[:, :, None] + logp.view(B, K, -1)).flatten(1).topk(K)  # of (B, K V) -> (B, K)
+        live, chosen = (live[:, :, None] + logp.view(B, K, c.vocab_size)).flatten(1).topk(K)  # of (B, K V) -> (B, K)
         token, at = chosen % c.vocab_size, chosen // c.vocab_size
         at = (at + torch.arange(0, B * K, K, device=at.device)[:, None]).flatten()  # (B K,), the rows they continue
         ids = torch.cat((ids.index_select(0, at), token.view(-1, 1)), dim=1)  # (B K, 1 + n)

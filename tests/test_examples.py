@@ -166,6 +166,7 @@ def test_what_is_not_utf8_is_named_by_line_and_byte(tmp_path, suffix):
 
 
 ROW = '{"text": "a", "label": "good"}\n'
+ACCEPTED = "wanted a string, a whole number (1, not 1.0) or a bool"
 BAD = {  # content, task, line, problem
     "broken": (ROW + "{'text': 1}\n", "classify", 2, "malformed JSON: Expecting property name"),
     "cut": (ROW + ROW[:-9], "classify", 2, "malformed JSON: "),
@@ -181,9 +182,21 @@ BAD = {  # content, task, line, problem
     "blank text": ('{"text": "\\n", "label": "x"}\n', "classify", 1, r"text = '\n': wanted a string that"),
     "text a number": ('{"text": 5, "label": "x"}\n', "classify", 1, "text = 5: wanted a string"),
     "text a list": ('{"text": ["a"], "label": "x"}\n', "classify", 1, "text = ['a']: wanted a string"),
-    "label a fraction": ('{"text": "a", "label": 0.5}\n', "classify", 1, "label = 0.5: wanted a string"),
-    "label no number": ('{"text": "a", "label": NaN}\n', "classify", 1, "label = nan: wanted a string"),
-    "label a list": ('{"text": "a", "label": ["x"]}\n', "classify", 1, "label = ['x']: wanted a string"),
+    "label a fraction": ('{"text": "a", "label": 0.5}\n', "classify", 1, "label = 0.5: " + ACCEPTED),
+    "label as pandas writes it": ('{"text": "a", "label": 1.0}\n', "classify", 1, "label = 1.0: " + ACCEPTED),
+    "label no number": ('{"text": "a", "label": NaN}\n', "classify", 1, "label = nan: " + ACCEPTED),
+    "label a list": ('{"text": "a", "label": ["x"]}\n', "classify", 1, "label = ['x']: " + ACCEPTED),
+    "label a list of a number": ('{"text": "a", "label": [1]}\n', "classify", 1, "label = [1]: " + ACCEPTED),
+    "tag a fraction": ('{"tokens": ["a"], "tags": [1.0]}\n', "tag", 1, "tags[0] = 1.0: " + ACCEPTED),
+    "a key twice": (ROW + '{"text": "a", "label": "x", "label": "y"}\n', "classify", 2, "the key 'label' stands twice"),
+    "an inner key twice": ('{"question": "q", "context": "c", "answers": {"text": "c", "text": "q"}}\n', "qa", 1,
+                           "the key 'text' stands twice"),
+    "a name in capitals": ('{"Text": "a", "label": "x"}\n', "classify", 1, "(wanted text, not 'Text')"),
+    "names with blanks": ('{" text": "a", "Label ": 1}\n', "classify", 1,
+                          "(wanted text, not ' text'; wanted label, not 'Label ')"),
+    "a slip": ('{"text": "a", "lable": 1}\n', "classify", 1, "'text', 'lable' (wanted label, not 'lable')"),
+    "tags of the hub": ('{"id": "0", "tokens": ["a"], "pos_tags": [1], "ner_tags": [0]}\n', "tag", 1,
+                        "'id', 'tokens', 'pos_tags', 'ner_tags' (wanted tags, not 'pos_tags' or 'ner_tags')"),
     "surrogate": ('{"text": "ab\\ud800", "label": "x"}\n', "classify", 1, r"surrogate, '\ud800' at character 2"),
     "key a list": ('{"text": "a", "label": "x", "key": [1]}\n', "classify", 1, "key = [1]: wanted a string or a whole"),
     "tags fewer": ('{"tokens": ["a", "b"], "tags": ["O"]}\n', "tag", 1, "2 tokens and 1 tags"),
@@ -200,6 +213,16 @@ BAD = {name: (content, task, line, problem, ".jsonl") for name, (content, task, 
     "csv: a comma too many": ("text,label\na,x\none, two,x\n", "classify", 3, "3 cells, wanted 2 as in", ".csv"),
     "csv: a cell too few": ("text,label\na\n", "classify", 2, "1 cells, wanted 2", ".csv"),
     "csv: no header": ("a fine meal,good\ncold,bad\n", "classify", 2, "found the fields 'a fine meal', 'good'", ".csv"),
+    "csv: a column twice": ("text,label,label\na,x,y\n", "classify", 1, "the column 'label' stands twice", ".csv"),
+    "csv: a column twice, after a blank line": ("\nid,text,label,id\n", "classify", 2, "the column 'id'", ".csv"),
+    "csv: a column with a blank": ("text, label\na, x\n", "classify", 2, "(wanted label, not ' label')", ".csv"),
+    "csv: an inner key twice": (
+        'question,context,answers\nq,c,"{""text"": ""c"", ""text"": ""q""}"\n',
+        "qa",
+        2,
+        "the key 'text' stands twice",
+        ".csv",
+    ),
     "csv: semicolons": ("text;label\na;x\n", "classify", 2, "found the fields 'text;label'", ".csv"),
     "csv: text after a quote": ('text,label\n"a"b,x\n', "classify", 2, "malformed CSV: ", ".csv"),
     "csv: open quote": ('text,label\nx,y\n"a,x\n', "classify", 3, "malformed CSV: ", ".csv"),
@@ -215,6 +238,12 @@ def test_a_bad_row_is_one_line_with_file_row_and_problem(tmp_path, name):
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     fault(lambda: read_examples(path, task), problem, begins=f"{path}:{line}: ")
+
+
+def test_no_name_is_near():
+    with pytest.raises(ValueError) as caught:
+        check_row({"text": "a", "x": 1}, "classify", "rows:1")
+    assert str(caught.value) == "rows:1: wanted an object with text, label, found the fields 'text', 'x'"
 
 
 def qa(answers, context="Ada wrote it. It is good."):
@@ -235,7 +264,11 @@ def qa(answers, context="Ada wrote it. It is good."):
         ({"text": ["Ada"], "answer_start": 0.0}, "1 answers and 0.0 in answer_start"),
         ({"text": None}, "wanted a string, or a list of them under text"),
         ({"answer": "Ada"}, "wanted a string, or a list of them under text"),
-        ([{"text": "Ada", "answer_start": 0}], "wanted a string, or a list of them under text"),
+        ([{"text": "Ada", "answer_start": 1}], "the answer 'Ada' is not in its context at character 1"),
+        ([{"text": "it"}, {"text": "Ada", "answer_start": 0}], "'it' is not in its context at character None"),
+        ([{"answer_start": 0}], "answers = {'answer_start': [0]}: wanted a string, or a list of them under text"),
+        ([{"text": ["Ada"], "answer_start": [0]}], "wanted a string, or a list of them under text"),
+        ([{"text": "Ada", "answer_start": 0}, "it"], "wanted a string, or a list of them under text"),
         ([1], "wanted a string, or a list of them under text"),
         (3, "wanted a string, or a list of them under text"),
         ("[[", "malformed JSON"),
@@ -250,6 +283,8 @@ def test_answers():
     two = {"text": ["it", "good"], "answer_start": [10, 20]}
     assert qa(two) == qa(["it", "good"]) == qa(json.dumps(two)) == qa({"text": ["it", "good"]}) == two
     assert qa("it") == qa({"text": "it", "answer_start": 10}) == {"text": ["it"], "answer_start": [10]}
+    nested = [{"text": "it", "answer_start": 10}, {"text": "good", "answer_start": 20}]  # as SQuAD's own files have it
+    assert qa(nested) == qa(json.dumps(nested)) == qa([{"text": "it"}, {"text": "good"}]) == two
     none = {"text": [], "answer_start": []}
     assert qa("") == qa([]) == qa(" ") == qa(none) == qa([""]) == none
     assert qa({"text": ["", "it"], "answer_start": [0, 10]}) == {"text": ["it"], "answer_start": [10]}
@@ -260,12 +295,33 @@ def test_answers():
     assert qa("🚀", "👩‍🚀 flies") == {"text": ["🚀"], "answer_start": [2]}  # in code points
 
 
+def test_an_answer_in_another_normal_form():
+    """é is one character or two: no match, and nothing to be seen. An answer that is elsewhere has no such excuse."""
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    for answer, context in ((composed, f"the {apart} is"), (apart, f"the {composed} is")):
+        for answers in (answer, {"text": [answer], "answer_start": [4]}):
+            hint = "its context has it in another Unicode normal form (NFC or NFD)"
+            fault(lambda a=answers, c=context: qa(a, c), "is not in its context", hint, begins="rows:1: ")
+    for answers, context in (("tea", f"the {apart}"), ({"text": [composed], "answer_start": [0]}, f"the {composed}")):
+        with pytest.raises(ValueError) as caught:
+            qa(answers, context)
+        assert "Unicode" not in str(caught.value)
+
+
+def test_columns_without_a_name_may_be_many(tmp_path):
+    """A spreadsheet's empty columns are no fields, and lose nothing."""
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label,,\na,x,,\n")
+    assert read_examples(path, "classify")[0][0]["label"] == "x"
+
+
 def test_numbers_bools_and_spaces_of_labels():
     def label(value):
         return check_row({"text": "a", "label": value}, "classify", "rows:1")["label"]
 
     values = (0, 12, -1, True, False, " good ", "good")
     assert [label(v) for v in values] == ["0", "12", "-1", "True", "False", "good", "good"]
+    assert label("1.0") == "1.0"  # a cell of a .csv is text, whatever it looks like
     row = check_row({"tokens": ["a", " b "], "tags": [3, " O"]}, "tag", "rows:1")
     assert (row["tokens"], row["tags"]) == (["a", " b "], ["3", "O"])
 
@@ -417,6 +473,26 @@ def test_label_numbers_become_names(tmp_path, datasets):
     write("train", [0, -1], [[0, -1], [0]])
     fault(lambda: read_examples("hf:./data", "classify"), "found nothing under label", begins="hf:./data train:2: ")
     fault(lambda: read_examples("hf:./data", "tag"), "tags[1] = None", begins="hf:./data train:1: ")
+
+
+def test_a_declared_class_without_a_row(tmp_path, datasets):
+    """The numbers below it would still be right, but a model could never say its name."""
+
+    def write(part, labels, tag_ids):
+        features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos", "never"])}
+        features["tokens"] = datasets.Sequence(datasets.Value("string"))
+        features["tags"] = datasets.Sequence(datasets.ClassLabel(names=["O", "B-PER", "I-PER"]))
+        columns = {"text": ["a", "b", "c"], "label": labels, "tokens": [["x", "y"], ["z"], ["w"]], "tags": tag_ids}
+        file = tmp_path / "data" / f"{part}.parquet"
+        datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(file)
+
+    write("train", [1, 0, 0], [[0, 1], [0], [2]])
+    write("validation", [2, 2, 2], [[0, 0], [0], [0]])  # what validates need not hold all, nor does it help
+    fault(lambda: read_examples("hf:./data", "classify"), "no row has the label 'never'", begins="hf:./data train: ")
+    assert len(read_examples("hf:./data", "tag")[0]) == 3  # its own column alone is asked
+    write("train", [1, 0, 2], [[0, 1], [0], [1]])
+    fault(lambda: read_examples("hf:./data", "tag"), "no row has the label 'I-PER'", begins="hf:./data train: ")
+    assert len(read_examples("hf:./data", "classify")[1]) == 3
 
 
 @pytest.mark.parametrize(

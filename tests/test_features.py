@@ -220,6 +220,22 @@ def test_half_a_character_is_no_answer():
     assert taken
 
 
+@hypothesis.given(st.lists(st.sampled_from("Ada ada WROTE wrote it_ it program naïve 東京 . _ 1".split()), max_size=30),
+                  st.lists(st.sampled_from("Ada wrote it_ naïve 東京 ? _ 1".split()), max_size=4))  # fmt: skip
+def test_words_of_the_question_have_a_segment_of_their_own(bpe, context, question):
+    """By hand: token by token the characters that it spells, and whether one is in a whole word that was asked for."""
+    row = {"question": " ".join(question), "context": " ".join(context)}
+    words = {w.lower() for w in question if w.replace("_", "a").isalnum()}
+    asked = [w.lower() in words for w in context for _ in range(len(w) + 1)]  # each character, and the space after it
+    for i, c in enumerate(row["context"]):
+        asked[i] = asked[i] and c != " "
+    plain, marked = (encode("qa", [row], bpe, 40, segments=n) for n in (2, 3))
+    for a, b in zip(plain, marked, strict=True):
+        wanted = [0] * a["head"] + [1 + any(asked[i:j]) for i, j in a["offsets"]] + [1]
+        assert b["segments"] == wanted and a["segments"] == [min(n, 1) for n in wanted]
+        assert {**a, "segments": 0} == {**b, "segments": 0}
+
+
 def test_of_several_answers_the_first_is_learnt(bpe):
     context = "Ada wrote it. " * 20
     row = {"question": "q", "context": context, "answers": {"text": ["wrote it", "Ada"], "answer_start": [172, 0]}}

@@ -201,6 +201,7 @@ BAD_CLASSES = [
     (([0, 1], [0, -1], 2), r"targets hold the label -1: wanted 0 to 1"),
     (([0], [0], 0), "n_classes = 0: wanted a whole number of at least 1"),
     (([0], [0], 2.0), "n_classes = 2.0: wanted a whole number of at least 1"),
+    (([0], [0], True), "n_classes = True: wanted a whole number of at least 1"),
 ]
 
 
@@ -217,6 +218,7 @@ def test_bad_averages():
         raises(f"average = {average!r}: wanted 'binary', 'micro' or 'macro'", precision_recall_f1, [0], [0], 2, average)
     raises("n_classes = 3, positive = 1: wanted 2 and 0 or 1 with 'binary'", precision_recall_f1, [0], [0], 3, "binary")
     raises("n_classes = 2, positive = 2: wanted", precision_recall_f1, [0], [0], 2, "binary", 2)
+    raises("n_classes = 2, positive = True: wanted", precision_recall_f1, [0], [0], 2, "binary", True)  # a mask
 
 
 # ---- language models -----------------------------------------------------------------------------------------------

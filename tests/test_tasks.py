@@ -163,6 +163,20 @@ def test_csv_and_a_local_dataset_give_the_same_model_as_jsonl(capsys):
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
 
 
+@pytest.mark.parametrize("task", ["lm", "mlm"])
+def test_running_text_of_a_dataset(task, capsys):
+    pytest.importorskip("datasets").disable_progress_bars()
+    pathlib.Path("local").mkdir()
+    pathlib.Path("local/train.jsonl").write_text(pathlib.Path("lm.jsonl").read_text())
+    expected = load_file(go(task, steps=2) / "model.safetensors")
+    argv = [*flags(task)[:-4], "--steps", "2", "--out", "out/b"]
+    train.main([*argv, "--data", "hf:local"])
+    found = load_file("out/b/model.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    pathlib.Path("local/train.jsonl").write_text('{"source": "a", "target": "b"}\n')
+    fails([*argv, "--data", "hf:local", "--overwrite"], capsys, "hf:local", "source, target", "wanted text")
+
+
 # --- adapting ---------------------------------------------------------------------------------------------------------
 
 
@@ -222,12 +236,54 @@ def test_without_a_base_it_pretrains_first_and_bad_rows_are_refused_before_that(
     short = train.RECIPES["bert", "mlm"][0] | {"steps": 2, "batch_size": 4, "seq_len": 48}
     monkeypatch.setitem(train.RECIPES, ("bert", "mlm"), (short, {}))
     pathlib.Path("bad.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b"}\n')
-    argv = [*TINY, "--task", "classify", "--finetune", "full", "--steps", "2"]
-    fails([*argv, "--data", "bad.jsonl"], capsys, "bad.jsonl:2", "label")
-    train.main([*argv, "--data", "classify.jsonl"])
-    said = capsys.readouterr().out
-    assert "training one first, into out/bert" in said and os.path.exists("out/classify-full/model.safetensors")
-    assert lines(pathlib.Path("out/bert"))[-1]["step"] == 2
+    argv = [*TINY, "--task", "classify", "--steps", "2"]
+    fails([*argv, "--finetune", "full", "--data", "bad.jsonl"], capsys, "bad.jsonl:2", "label")
+    for method in ("full", "freeze", "lora"):
+        train.main([*argv, "--finetune", method, "--data", "classify.jsonl", "--out", f"{method}/tuned"])
+        said = capsys.readouterr().out
+        assert f"training one first, into {method}/bert" in said
+        assert any(
+            os.path.exists(f"{method}/tuned/{kind}_model.safetensors".replace("/_", "/")) for kind in ("", "adapter")
+        )
+        assert lines(pathlib.Path(f"{method}/bert"))[-1]["step"] == 2
+
+
+def test_a_base_is_trained_for_the_length_asked_for(monkeypatch):
+    short = train.RECIPES["transformer", "seq2seq"][0] | {"steps": 2}
+    monkeypatch.setitem(train.RECIPES, ("transformer", "seq2seq"), (short, {}))
+    argv = ["--size", "tiny", "--tokenizer", "bytes", "--task", "seq2seq", "--data", "seq2seq.jsonl", "--steps", "2"]
+    train.main([*argv, "--finetune", "full", "--seq-len", "96"])
+    assert json.loads(pathlib.Path("out/transformer/config.json").read_text())["max_len"] == 97
+
+
+def test_a_run_needs_its_data_file_no_more(monkeypatch, capsys):
+    """What was prepared from it lies in state/: sampling, scoring and resuming work where the file is gone."""
+    whole = exact(go("classify", out="out/whole"))
+    undo = interrupt_at(5, monkeypatch)
+    with pytest.raises(SystemExit):
+        go("classify", out="out/parts")
+    undo()
+    os.remove("classify.jsonl")
+    train.main(["--resume", "out/parts"])
+    assert same(exact(pathlib.Path("out/parts")), whole)
+    train.main(["--base", "out/whole", "--sample", "red dog 22"])
+    train.main(["--base", "out/whole", "--eval"])
+    fails(["--base", "out/whole", "--eval", "--data", "classify.jsonl"], capsys, "classify.jsonl", "no such file")
+
+
+def test_a_base_says_what_it_was_trained_for(capsys):
+    """--finetune of a classifier, with no --task, goes on with classification, in the order of the base's labels."""
+    base = go("classify", out="out/base", steps=2)
+    config = json.loads((base / "config.json").read_text())
+    names = config["id2label"].values()
+    config["id2label"] = dict(zip("01", reversed(names), strict=True))
+    config["label2id"] = {name: int(i) for i, name in config["id2label"].items()}
+    (base / "config.json").write_text(json.dumps(config))
+    train.main([*TINY, "--finetune", "full", "--base", str(base), "--data", "classify.jsonl", "--steps", "2",
+                "--lr", "0", "--out", "out/tuned"])  # fmt: skip
+    assert json.loads(pathlib.Path("out/tuned/config.json").read_text())["id2label"] == config["id2label"]
+    a, b = (load_file(f"{folder}/model.safetensors") for folder in ("out/base", "out/tuned"))
+    assert torch.equal(a["classifier.weight"], b["classifier.weight"]), "the head of the base was thrown away"
 
 
 @pytest.mark.parametrize("task", ["lm", "mlm", "classify", "seq2seq"])
@@ -238,11 +294,29 @@ def test_distillation_takes_blocks_of_the_teacher(task, capsys):
     assert f"base: {teacher}" in said and "student: blocks" in said
     count = [sum(t.numel() for t in load_file(f / "model.safetensors").values()) for f in (teacher, out)]
     assert count[1] < count[0] or task == "lm"  # the tiny RNN has one layer
+    if task == "mlm":
+        a, b = (load_file(f / "state" / "checkpoint.safetensors") for f in (teacher, out))
+        head = "model.cls.seq_relationship.bias"
+        assert not torch.equal(a[head], b[head]), "the head for next sentences is not trained"
     again = go(
         task, "--finetune", "distill", "--teacher", str(teacher), "--distill-weights", "0,1,0", out="out/b", steps=4
     )
     a, b = (load_file(f / "state" / "checkpoint.safetensors") for f in (out, again))
     assert not all(torch.equal(a[k], b[k]) for k in a), "the teacher teaches nothing"
+
+
+def test_settings_reach_distillation(monkeypatch, capsys):
+    seen, plain = [], train.distillation_loss
+    monkeypatch.setattr(train, "distillation_loss", lambda *a, **how: seen.append(how) or plain(*a, **how))
+    argv = [*flags("classify", "--overwrite", steps=1), "--size", "small", "--out", "out/teacher"]
+    train.main(argv)
+    argv = [*flags("classify", steps=1), "--finetune", "distill", "--student-layers", "3", "--out", "out/student"]
+    train.main([*argv, "--distill-temperature", "3", "--distill-weights", "4,3,2", "--label-smoothing", "0.2"])
+    assert "student: blocks 0, 1, 2 of" in capsys.readouterr().out
+    how = seen[0]
+    assert (how["temperature"], how["soft"], how["hard"], how["label_smoothing"]) == (3, 4, 3, 0.2)
+    # 2 times the mean over hidden states, which are summed over all tokens of 8 texts of 1 label each
+    assert 2 / 48 < how["cosine"] < 2 / 5
 
 
 def test_resuming_a_distillation_is_exact(monkeypatch):
@@ -270,6 +344,60 @@ def test_each_changes_training_and_not_evaluation(more):
     assert a[-1]["loss"] != b[-1]["loss"]
     before = [json.loads((out / "args.json").read_text())["before"]["val_loss"] for out in (plain, other)]
     assert before[0] == before[1], "the loss that is compared between runs must not change"
+
+
+@pytest.mark.parametrize("method", ["fgm", "pgd", "free_lb"])
+def test_epsilon_reaches_the_method(method, monkeypatch):
+    seen, plain = [], getattr(train.adversarial, method)
+    monkeypatch.setattr(train.adversarial, method, lambda *a, **how: seen.append((a[1], how)) or plain(*a, **how))
+    go("classify", "--adversarial", method.replace("_", ""), "--epsilon", "0.25", steps=2)
+    words, how = seen[0]
+    assert len(seen) == 2 and words.weight.shape == (261, 64), "not the words' embedding"
+    # 48 tokens of the mean norm; it has changed since by two steps at most
+    assert how["epsilon"] == pytest.approx(0.25 * words.weight.norm(dim=1).mean().item() * 48**0.5, rel=0.3)
+
+
+def test_r_drop_without_dropout_is_refused_on_a_base_too(capsys):
+    base = go("mlm", out="out/base", steps=2)  # pretrained without
+    argv = [*flags("classify", steps=2), "--finetune", "full", "--base", str(base), "--adversarial", "rdrop"]
+    fails(argv, capsys, "rdrop", "--dropout")
+    train.main([*argv, "--dropout", "0.1"])
+
+
+def test_smoothing_is_that_of_the_loss(monkeypatch):
+    seen, plain = [], train.BERT.loss
+    monkeypatch.setattr(train.BERT, "loss", lambda self, **how: seen.append(how) or plain(self, **how))
+    go("classify", "--label-smoothing", "0.3", steps=1)
+    training = [how["label_smoothing"] for how in seen if "label_smoothing" in how]
+    assert training == [0.3] and len(seen) > 1, "evaluation is not smoothed"
+
+
+def test_augmentation_spares_the_special_tokens():
+    s = train.complete(train.Settings(task="classify", augment=True, seq_len=48, batch_size=8, size="tiny"))
+    rows = list(rows_of("classify"))
+    tokenizer = tasks.Tokenizer.train(["x"], 300, "bytes", tasks.SPECIAL)
+    data = tasks.Labelled(s, tokenizer, rows, rows[:3], ("canine", "feline"), 2)
+    cls, sep, mask = (tokenizer.token_to_id(name) for name in tasks.SPECIAL[2:])
+    changed = 0
+    for index in range(15):
+        for row, real in zip(*[data.batch(index)[name] for name in ("ids", "mask")], strict=True):
+            row = row[real].tolist()
+            assert row[0] == cls and row[-1] == sep and not {cls, sep} & set(row[1:-1])
+            changed += mask in row
+    assert changed > 50
+
+
+def test_a_cell_is_what_was_asked_for():
+    for cell in ("gru", "rnn"):
+        out = go("lm", "--cell", cell, out=f"out/{cell}", steps=1)
+        assert json.loads((out / "config.json").read_text())["cell"] == cell
+
+
+def test_beams_reach_the_search(monkeypatch):
+    seen, plain = [], tasks.beam_search
+    monkeypatch.setattr(tasks, "beam_search", lambda *a, **how: seen.append(a[3]) or plain(*a, **how))
+    go("seq2seq", "--beam", "3", steps=1)
+    assert set(seen) == {3}
 
 
 @pytest.mark.parametrize("task", ["lm", "mlm", "seq2seq"])
@@ -301,6 +429,46 @@ def test_l1_leaves_weights_nearer_to_zero():
     assert sizes[1] < 0.95 * sizes[0]
 
 
+def test_renewing_a_pretrained_body_changes_its_scale_and_its_pooler_alone():
+    """LayerNorm takes the scale away, so the encoder computes the same; its embeddings are as small as new ones."""
+    torch.manual_seed(0)
+    config = train.BERTConfig(50, 32, 2, 2, 64, 16, task="classify", labels=("a", "b"))
+    model, ids = train.BERT(config).eval(), torch.randint(50, (3, 9))
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    known, before = model.state_dict(), model.outputs(ids, labels=torch.zeros(3, dtype=torch.long))[2].detach()
+    known = {name: t.clone() for name, t in known.items()}
+    train.renew(model)
+    after = model.outputs(ids, labels=torch.zeros(3, dtype=torch.long))[2]
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+    changed = {name for name, t in model.state_dict().items() if not torch.equal(t, known[name])}
+    assert changed == {f"bert.embeddings.{n}.weight" for n in tables} | {
+        "bert.pooler.dense.weight", "bert.pooler.dense.bias"}  # fmt: skip
+    assert abs(float(model.bert.embeddings.word_embeddings.weight.detach().std()) - 0.02) < 1e-3
+    assert float(model.bert.pooler.dense.weight.detach().std()) < 0.03 and not model.bert.pooler.dense.bias.any()
+
+
+def test_full_tuning_for_a_task_renews_the_base(monkeypatch):
+    base, seen = go("mlm", out="out/base", steps=1), []
+    monkeypatch.setattr(train, "renew", lambda model: seen.append(type(model)))
+    for method in ("full", "freeze", "lora"):
+        go("classify", "--finetune", method, "--base", str(base), out=f"out/{method}", steps=1)
+    assert seen == [train.BERT]
+
+
+def test_the_rows_that_are_scored_come_from_all_of_them(monkeypatch):
+    monkeypatch.setattr(tasks, "EVAL_ROWS", 4)
+    rows, seen = list(rows_of("classify", 100)), []
+    pathlib.Path("parts").mkdir()
+    for name, part in (("train", rows[:70]), ("validation", rows[70:])):
+        pathlib.Path(f"parts/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    monkeypatch.setattr(tasks, "judge", lambda task, found, val: seen.append(val) or {"accuracy": 0.0, "macro_f1": 0.0})
+    train.main([*TINY, "--task", "classify", "--data", "parts", "--steps", "1"])
+    texts = [[row["text"] for row in val] for val in seen]
+    assert texts[0] == [row["text"] for row in rows[70::8]] and all(t == texts[0] for t in texts)
+
+
 def test_the_best_checkpoint_is_that_of_the_metric(monkeypatch):
     """Accuracy decides for a task, whatever the loss does; the model that is kept is the one that had it."""
     told = iter([0.2, 0.9, 0.5, 0.1, 0.1, 0.1])  # before training, then at each evaluation
@@ -310,6 +478,31 @@ def test_the_best_checkpoint_is_that_of_the_metric(monkeypatch):
     out = go("classify", "--patience", "2", steps=40)
     run = json.loads((out / "args.json").read_text())
     assert run["best_step"] == 4 and lines(out)[-1]["step"] == 12 and scores(out)["accuracy"] == 0.9
+
+
+def test_what_is_shown_at_the_end_is_of_the_model_that_is_kept(monkeypatch):
+    told, seen, plain = iter([0.2, 0.9, 0.5]), [], train.sample
+    monkeypatch.setattr(
+        tasks.Labelled, "scores", lambda self, model, loss_sum: {"accuracy": next(told), "macro_f1": 0.0}
+    )
+    monkeypatch.setattr(
+        train, "sample", lambda s, model, *more: seen.append(model.state_dict()) or plain(s, model, *more)
+    )
+    out = go("classify", steps=8)
+    kept = load_file(out / "model.safetensors")
+    assert all(torch.equal(kept[name], seen[-1][name]) for name in kept)
+
+
+def test_tuning_that_makes_a_model_worse_keeps_what_it_was(monkeypatch):
+    base = go("classify", out="out/base")
+    told = iter([0.8, 0.3, 0.2])
+    monkeypatch.setattr(
+        tasks.Labelled, "scores", lambda self, model, loss_sum: {"accuracy": next(told), "macro_f1": 0.0}
+    )
+    out = go("classify", "--finetune", "freeze", "--base", str(base), out="out/tuned")
+    a, b = (load_file(folder / "model.safetensors") for folder in (base, out))
+    assert all(torch.equal(a[name], b[name]) for name in a) and scores(out)["accuracy"] == 0.8
+    assert json.loads((out / "args.json").read_text())["best_step"] == 0
 
 
 # --- what bad input gets ----------------------------------------------------------------------------------------------
@@ -351,6 +544,8 @@ def test_a_validation_file_with_a_label_unseen_in_training(capsys):
     (["--model", "vae", "--label-smoothing", "0.1"], ["--label-smoothing", "VAE"]),
     (["--task", "classify", "--adversarial", "rdrop", "--dropout", "0"], ["rdrop", "--dropout"]),
     (["--task", "classify", "--adversarial", "fgm", "--compile"], ["--adversarial fgm", "--compile"]),
+    (["--model", "bert", "--adversarial", "rdrop", "--dropout", "0.1"], ["rdrop", "mlm"]),
+    (["--finetune", "distill", "--teacher", "a", "--base", "b"], ["--teacher a", "--base b"]),
     (["--task", "qa", "--label-smoothing", "0.1"], ["--label-smoothing", "qa"]),
     (["--task", "classify", "--data", "hf:nowhere/nothing"], ["hf:nowhere/nothing"]),
     (["--task", "classify", "--data", "classify.txt"], ["classify.txt"]),

@@ -792,6 +792,28 @@ def test_searches_give_plain_lists_without_gradient():
     assert scores.shape == (2,) and scores.dtype == torch.float32 and not scores.requires_grad
 
 
+def test_no_source_at_all_finds_nothing():
+    for source, mask in ((tokens(0, 5), None), (tokens(0, 5), torch.ones(0, 5, dtype=torch.bool))):
+        found, scores = beam_search(tiny(), source, 6, beam=3, source_mask=mask)
+        assert found == greedy(tiny(), source, 6, mask) == [] and scores.shape == (0,)
+
+
+def test_a_search_beyond_max_len_is_refused_before_it_begins():
+    """The bos is read too, but the last token found is not: max_len tokens can be found, and no more."""
+    for choices in EVERY:
+        model, source = tiny(**choices), tokens(2, 5)
+        model.lm_head.register_forward_hook(lambda m, x, z: z.index_fill(-1, torch.tensor(2), -99.0))  # no eos
+        assert [len(row) for row in greedy(model, source, 16) + beam_search(model, source, 16)[0]] == [16] * 4
+        calls = []
+        model.encoder[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for search in (greedy, beam_search):
+            for wrong in (17, -1):
+                with pytest.raises(ValueError, match=f"max_new_tokens={wrong}.*wanted.* 0 to 16") as caught:
+                    search(model, source, wrong)
+                assert "\n" not in str(caught.value) and not calls
+    assert greedy(tiny(), tokens(2, 5), 0) == beam_search(tiny(), tokens(2, 5), 0)[0] == [[], []]
+
+
 def test_it_learns_to_stop_and_to_reverse():
     """End to end: eos counts although it is the padding too, and what was learnt comes out of both searches."""
     torch.manual_seed(0)
@@ -999,10 +1021,10 @@ def test_input_errors():
         (lambda: model(source, target, torch.ones(2, 5)), "source_mask of shape (2, 5), torch.float32: wanted (2, 5)"),
         (lambda: model(source, target, padded(4, 3)), "source_mask of shape (2, 4), torch.bool: wanted (2, 5)"),
         (lambda: model.loss(source, target, labels=source), "labels of shape (2, 5): wanted that of target, (2, 4)"),
-        (lambda: beam_search(model, source, 4, beam=0), "beam=0, length_penalty=0.6: wanted"),
+        (lambda: beam_search(model, source, 4, beam=0), "max_new_tokens=4, beam=0, length_penalty=0.6: wanted"),
         (lambda: beam_search(model, source, 4, length_penalty=-1), "beam=4, length_penalty=-1: wanted"),
-        (lambda: beam_search(tiny().train(), source, 4), "model.training=True, beam=4"),
-        (lambda: greedy(tiny().train(), source, 4), "model: in training mode, wanted model.eval()"),
+        (lambda: beam_search(tiny().train(), source, 4), "model.training=True, max_new_tokens=4, beam=4"),
+        (lambda: greedy(tiny().train(), source, 4), "model.training=True, max_new_tokens=4: wanted False (model.eval"),
     ):
         with pytest.raises(ValueError, match=re.escape(pattern)) as caught:
             call()
