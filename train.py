@@ -247,10 +247,14 @@ def complete(s):
     if s.finetune:
         # A task is learnt as from scratch, but for LoRA; a model is adapted to other text by smaller steps.
         gently = {"optimizer": "adamw", "lr": RATES[s.finetune]} if s.finetune == "lora" or s.task not in FIELDS else {}
+        if s.finetune == "freeze" and s.task in FIELDS:
+            gently = {"lr": 1e-2}  # the blocks below cannot be spoilt
         recipe = anew | gently | adapting
         recipe = {name: value for name, value in recipe.items() if name not in ("dropout", "seq_len")}  # the base's
         if s.finetune == "distill":  # a student learns on what its teacher learnt on
             recipe |= {"data": anew["data"], "prompt": anew.get("prompt")}
+            if s.task not in FIELDS:
+                recipe["steps"] = 100  # a short way: later the labels teach as well, and what the teacher does not know
     for name, value in ({"size": "small"} | recipe).items():
         if getattr(s, name) is None:
             setattr(s, name, value)

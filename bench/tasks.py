@@ -6,8 +6,8 @@ installation holds. Limits set for two cores: 180 s a run. Two comparisons decid
 
     fine-tuning      BERT on areas of the standard library from its own pretraining, and the same model from scratch,
                      for as many steps on the same batches
-    distillation     the student with its teacher's soft targets, and the same student on the labels alone, from the
-                     same blocks of the teacher, for as many steps on the same batches
+    distillation     a GPT of half the blocks with its teacher's soft targets, and the same student on the text alone,
+                     from the same blocks of the teacher, for as many steps on the same batches; and so for classes
 
 Prints a table and writes bench/tasks.json. Takes about half an hour; `--only rnn classify` runs a part.
 """
@@ -33,17 +33,21 @@ RUNS = {  # name: flags, and the score to look at
     "tag": ("--task tag", "macro_f1"),
     "qa": ("--task qa", "f1"),
     "seq2seq": ("--task seq2seq", "chrf"),
+    "gpt": ("", "bits_per_byte"),
+    "distill": ("--finetune distill --teacher out/gpt", "bits_per_byte"),
+    "distill-alone": ("--finetune distill --teacher out/gpt --distill-weights 0,1,0", "bits_per_byte"),
     "teacher": ("--task classify --finetune full --steps 800", "accuracy"),
-    "distill": ("--task classify --finetune distill --teacher out/teacher --steps 100", "accuracy"),
-    "distill-alone": (
-        "--task classify --finetune distill --teacher out/teacher --steps 100 --distill-weights 0,1,0",
+    "distill-classify": ("--task classify --finetune distill --teacher out/teacher --student-layers 1", "accuracy"),
+    "distill-classify-alone": (
+        "--task classify --finetune distill --teacher out/teacher --student-layers 1 --distill-weights 0,1,0",
         "accuracy",
     ),
     "classify-freeze": ("--task classify --finetune freeze", "accuracy"),
     "classify-lora": ("--task classify --finetune lora", "accuracy"),
 }
 NEEDS = {"classify": ["bert"], "classify-freeze": ["bert"], "classify-lora": ["bert"], "teacher": ["bert"],
-         "distill": ["bert", "teacher"], "distill-alone": ["bert", "teacher"]}  # fmt: skip
+         "distill": ["gpt"], "distill-alone": ["gpt"], "distill-classify": ["bert", "teacher"],
+         "distill-classify-alone": ["bert", "teacher"]}  # fmt: skip
 
 
 def run(name, folder):
