@@ -24,7 +24,6 @@ Data is prepared once, into the folder of the run, and read again from there: `p
 from __future__ import annotations
 
 import array
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -383,10 +382,10 @@ class Labelled:
 
     def augmented(self, f, rng):
         """A feature with its text, but not the special tokens around it, swapped, deleted and masked."""
-        name, first = ("source", 0) if "source" in f else ("ids", 1)
-        mask = self.tokenizer.token_to_id("[MASK]")
-        ids, mask = f[name], self.tokenizer.eos_id if mask is None else mask
-        return f | {name: [*ids[:first], *adversarial.augment(ids[first:-1], mask, rng), ids[-1]]}
+        (name, first), mask_id = ("source", 0) if "source" in f else ("ids", 1), self.tokenizer.token_to_id("[MASK]")
+        share = 0.0 if mask_id is None else 0.1  # an encoder-decoder's tokenizer has no such token
+        ids = f[name]
+        return f | {name: [*ids[:first], *adversarial.augment(ids[first:-1], mask_id, rng, mask=share), ids[-1]]}
 
     def validation(self):
         for i in range(0, len(self.val_features), 64):
@@ -402,8 +401,10 @@ class Labelled:
         if s.task == "classify":
             texts, labels = [row["text"] for row in train], [row["label"] for row in train]
             named["majority class"] = baselines.majority(labels, len(val))
-            with contextlib.suppress(ImportError):  # without scikit-learn
+            try:
                 named["bag of words"] = baselines.bag_of_words(texts, labels, [row["text"] for row in val])
+            except ImportError as error:
+                print(f"no baseline of a bag of words: {error}")
         elif s.task == "tag":
             usual = baselines.majority([tag for row in train for tag in row["tags"]], 1)
             named["majority tag"] = [usual * len(row["tags"]) for row in val]

@@ -99,7 +99,7 @@ RECIPES = {  # (model, task): what a setting left open becomes in training anew,
         dict(data="stdlib-prose", steps=150, prompt="Return"),
     ),
     ("bert", "mlm"): (  # predicts 15 % of what it reads: so a small model, which reads more in the time
-        dict(data="stdlib-docs", size="mini", steps=1100, batch_size=32, seq_len=128, lr=3e-3, optimizer="muon",
+        dict(data="stdlib-docs", size="mini", steps=950, batch_size=32, seq_len=128, lr=3e-3, optimizer="muon",
              prompt="Return a [MASK] of the object."),
         dict(data="stdlib-prose", steps=300),
     ),
@@ -167,12 +167,12 @@ class Settings:
     lr: float = setting(None, (float, 0, 1e37), "peak learning rate; by model, task and method: RECIPES, RATES")
     warmup: int = setting(None, (int, 0), "steps of linear warm-up; default a twentieth of --steps")
     weight_decay: float = setting(0.1, (float, 0), "decay of matrices; norms, biases and embeddings have none")
-    l1: float = setting(0.0, (float, 0), "weight of the sum of the matrices' absolute values, for sparse weights")
+    l1: float = setting(0.0, (float, 0), "weight of the sum of all matrices' absolute values; not in the loss shown")
     dropout: float = setting(None, (float, 0, 1), "default 0, or 0.1 for labelled tasks; adapting: as in the base")
     label_smoothing: float = setting(0.0, (float, 0, 1), "share of the target spread over all classes; 0.1 is common")
     adversarial: str = setting(None, ["fgm", "pgd", "freelb", "rdrop"], "perturbed embeddings, or dropout twice")
     epsilon: float = setting(0.1, (float, 0), "adversarial: norm of the change, as a share of a full row's embeddings")
-    augment: bool = setting(False, bool, "swap, delete and mask a tenth of the tokens of training texts")
+    augment: bool = setting(False, bool, "classify, seq2seq: swap, delete, mask a tenth of the tokens")
     clip: float = setting(1.0, (float, 0), "largest gradient norm; 0 does not clip")
     patience: int = setting(0, (int, 0), "stop after so many evaluations without gain; 0 never does")
     seed: int = setting(1337, (int, 0, 2**31), "of initialisation, data order, dropout and samples")

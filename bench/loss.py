@@ -171,6 +171,10 @@ def main():
             rows.append(row)
             print(f"{way:>10}", *cells, sep="  ", flush=True)
     print("\n(<: we are slower, or need more)")
+    first = rows[1]  # plain, of the first case
+    for name, ratio, least in (("memory", first.get("memory_ratio", 0), 4), ("time", first["time_ratio"], 1 / 1.15)):
+        print(f"{name} of plain over ours, {first['case']}: {ratio:.2f}, wanted at least {least:.2f}"
+              f"{'' if ratio >= least else ': MISSED'}")  # fmt: skip
     temporary = HERE / "loss.json.tmp"
     temporary.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     os.replace(temporary, HERE / "loss.json")

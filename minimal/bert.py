@@ -25,7 +25,7 @@ sigmas; padding never starts or ends an answer (the authors let it, and answers 
 
     model = BERT(BERTConfig(vocab_size=1000, hidden_size=128, num_hidden_layers=2, num_attention_heads=2))
     loss, count = model.loss(ids=ids, segments=segments, mask=mask, labels=labels, next=next)
-    tagger = BERT.from_pretrained("bert-base-uncased", task="tag", labels=("O", "B-PER", "I-PER"))
+    tagger = BERT.from_pretrained("path/to/a-bert", task="tag", labels=("O", "B-PER", "I-PER"))
 
 Letters: B batch, T tokens, H heads, D = C / H, C and F widths, V vocabulary, P positions, S segments, L layers, labels.
 """

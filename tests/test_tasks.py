@@ -387,6 +387,19 @@ def test_augmentation_spares_the_special_tokens():
     assert changed > 50
 
 
+def test_augmentation_of_a_source_has_no_end_in_its_middle():
+    s = train.complete(train.Settings(task="seq2seq", augment=True, seq_len=48, batch_size=8, size="tiny"))
+    rows = [{"source": "one two three four five six", "target": "x"}] * 40
+    tokenizer = tasks.Tokenizer.train(["x"], 300, "bytes", tasks.SPECIAL[:1])
+    data, texts = tasks.Labelled(s, tokenizer, rows, rows[:3], (), 1), set()
+    for batch in map(data.batch, range(5)):
+        for ids, real in zip(batch["source"], batch["source_mask"], strict=True):
+            *ids, end = ids[real].tolist()
+            assert end == tokenizer.eos_id not in ids
+            texts.add(tokenizer.decode(ids))
+    assert len(texts) > 20 and all(len(text) == 24 for text in texts)  # 27 less a tenth, and swapped
+
+
 def test_a_cell_is_what_was_asked_for():
     for cell in ("gru", "rnn"):
         out = go("lm", "--cell", cell, out=f"out/{cell}", steps=1)
@@ -427,6 +440,23 @@ def test_l1_leaves_weights_nearer_to_zero():
         tensors = load_file(out / "state" / "checkpoint.safetensors")
         sizes.append(sum(t.abs().sum().item() for n, t in tensors.items() if n.startswith("model.") and t.dim() > 1))
     assert sizes[1] < 0.95 * sizes[0]
+
+
+@pytest.mark.parametrize("task", ["tag", "qa", "classify"])
+def test_places_of_a_new_bert(task):
+    """For tags and answers, sinusoids four times as large as words, by the formula; for a text's class as in BERT."""
+    torch.manual_seed(0)
+    s = train.complete(train.Settings(task=task, size="tiny", seq_len=48))
+    tables = train.new_model(s, train.Blank(300)).bert.embeddings
+    words, segments = (float(m.weight.detach().std()) for m in (tables.word_embeddings, tables.token_type_embeddings))
+    assert words == pytest.approx(0.02, rel=0.05) and tables.token_type_embeddings.weight.shape == (3, 64)
+    assert segments == pytest.approx(0.02 if task == "classify" else 0.08, rel=0.25)
+    found = tables.position_embeddings.weight.detach()
+    assert float(found.std()) < 0.021 if task == "classify" else found.square().mean() ** 0.5 == pytest.approx(0.08)
+    for p, i in [(0, 0), (1, 0), (7, 5), (47, 31)]:
+        angle = p / 10000 ** (2 * i / 64)
+        pair = [0.08 * 2**0.5 * math.sin(angle), 0.08 * 2**0.5 * math.cos(angle)]
+        assert (found[p, 2 * i : 2 * i + 2].tolist() == pytest.approx(pair, abs=1e-6)) == (task != "classify")
 
 
 def test_renewing_a_pretrained_body_changes_its_scale_and_its_pooler_alone():
