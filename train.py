@@ -205,7 +205,7 @@ ACTIONS = {  # instead of training; at most one
     "--sample": dict(metavar="TEXT", help="print what --base makes of TEXT: a continuation, label, tags, translation, "
                      "[MASK] filled in, or the answer to a question that ends in '?' from what follows it"),
     "--chat": dict(action="store_true", help="write together with --base, line by line"),
-    "--eval": dict(action="store_true", help="score --base on --data; the task's metrics go to its metrics.json too"),
+    "--eval": dict(action="store_true", help="score --base on --data; the scores replace those in its metrics.json"),
     "--merge": dict(action="store_true", help="write --base, an adapter, and its base as one model into --out"),
     "--dry-run": dict(action="store_true", help="build all, time a step, write nothing"),
 }  # fmt: skip
@@ -220,7 +220,9 @@ def complete(s):
     s.model = s.model or (TASKS[s.task].models[0] if s.task else "gpt")
     s.task = s.task or TASK_OF[s.model]
     if s.model not in TASKS[s.task].models:
-        raise ValueError(f"--task {s.task}: not for --model {s.model}; wanted --model {TASKS[s.task].models[0]}")
+        raise ValueError(
+            f"--task {s.task}: not for --model {s.model}; wanted --model {' or '.join(TASKS[s.task].models)}"
+        )
     if s.model == "vae" and (s.finetune in ("freeze", "distill") or s.adversarial or s.label_smoothing or s.augment):
         asked = [flag(name) for name in ("adversarial", "label_smoothing", "augment") if getattr(s, name)]
         asked = asked[0] if asked else f"--finetune {s.finetune}"
@@ -529,7 +531,9 @@ def better(s, scores, best):
     name = "entity_f1" if "entity_f1" in scores else TASKS[s.task].best
     if best is None:
         return True
-    return scores[name] < best[name] if name.endswith("loss") else scores[name] > best[name]
+    sign = 1 if name.endswith("loss") else -1
+    a, b = ((sign * x[name], x["val_loss"]) for x in (scores, best))
+    return a < b  # of equal scores, which are common on few rows, the loss decides
 
 
 def describe(scores):
@@ -576,6 +580,8 @@ def fit(s, model, data, teacher, folder, resume, record):
         progress = dict(step=0, elapsed=0.0, before=evaluate(s, model, data), best=None, best_step=0, without_gain=0)
         progress["before"]["sample"] = sample(s, model, data, folder, "before training")
         print("before: " + describe(progress["before"]))
+        if teacher is not None:
+            print("teacher: " + describe(evaluate(s, teacher, data)))
         if s.finetune and not getattr(model, "fresh", ()):  # it may become worse: then what it was stays
             progress["best"] = progress["before"]
             save_model(s, model, folder)
@@ -782,7 +788,8 @@ def set_up(s, folder, resume=False):
             raise ValueError(f"--base {s.base}: is an adapter; to build on it: python train.py --merge --base {s.base}")
         known, tokenizer = load_model(s.base)
         if type(known) is not MODELS[s.model]:
-            raise ValueError(f"--base {s.base}: holds another kind of model; wanted --model to name it")
+            kind = next(name for name, kind in MODELS.items() if type(known) is kind)
+            raise ValueError(f"--base {s.base}: holds a {kind}; wanted a {s.model} for --task {s.task}")
     (folder / "state").mkdir(parents=True, exist_ok=True)
     if s.task != "images":
         context = context_of(known) if known else None
@@ -881,7 +888,11 @@ def run(s, resume=False):
     print(f"after: {describe(best)}, step {progress['best_step']}\n{after}\n")
     for name, scores in others.items():
         print(f"baseline, {name}: {describe(scores)}")
-    seconds = f"{progress['elapsed']:.0f} s, {time.perf_counter() - started:.0f} s with all set-up"
+    seconds = f"{progress['elapsed']:.0f} s" + (
+        " in all" if resume else f", {time.perf_counter() - started:.0f} s with all set-up"
+    )
+    if progress["best_step"] == 0:
+        print("nothing was gained: what was kept is the model as it was before")
     print(f"{out}: {count(model)[1]:,} parameters trained in {seconds}")
     return out
 

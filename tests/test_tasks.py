@@ -510,6 +510,18 @@ def test_the_best_checkpoint_is_that_of_the_metric(monkeypatch):
     assert run["best_step"] == 4 and lines(out)[-1]["step"] == 12 and scores(out)["accuracy"] == 0.9
 
 
+def test_of_equal_scores_the_loss_decides():
+    """On few rows accuracy stands still while the model learns: what it learnt must not be thrown away."""
+    s = train.Settings(task="classify")
+    known = {"accuracy": 0.75, "val_loss": 1.0}
+    assert train.better(s, {"accuracy": 0.75, "val_loss": 0.9}, known)
+    assert not train.better(s, {"accuracy": 0.75, "val_loss": 1.0}, known)
+    assert not train.better(s, {"accuracy": 0.7, "val_loss": 0.1}, known)
+    assert train.better(s, {"accuracy": 0.8, "val_loss": 9.0}, known)
+    s = train.Settings(task="lm")
+    assert train.better(s, {"val_loss": 0.9}, known) and not train.better(s, {"val_loss": 1.1}, known)
+
+
 def test_what_is_shown_at_the_end_is_of_the_model_that_is_kept(monkeypatch):
     told, seen, plain = iter([0.2, 0.9, 0.5]), [], train.sample
     monkeypatch.setattr(
