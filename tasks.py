@@ -328,9 +328,7 @@ def rows_of(s):
 
 def rows_to_score(s, labels):
     """The rows of --data for --eval: those for validation if the data has such a part, else all of them."""
-    if s.data in SOURCES:
-        return rows_of(s)[1]
-    train, val = read_examples(s.data, s.task)
+    train, val = rows_of(s) if s.data in SOURCES else read_examples(s.data, s.task)
     if s.task in ("classify", "tag"):
         check_labels(val or train, labels)
     return val or train
@@ -346,6 +344,8 @@ def prepare_rows(s, folder, tokenizer):
         texts = (" ".join(text) if isinstance(text, list) else text for row in train for text in texts_of(s.task, row))
         tokenizer = new_tokenizer(s, texts)
     print(f"data: {s.data}, {len(train):,} rows and {len(val):,} for validation, vocabulary {tokenizer.vocab_size:,}")
+    if len(val) < 30:
+        print(f"note: {len(val)} rows for validation are few: a score of them is rough")
     return checked(s, tokenizer)
 
 

@@ -257,6 +257,8 @@ def complete(s):
             recipe |= {"data": anew["data"], "prompt": anew.get("prompt")}
             if s.task not in FIELDS:
                 recipe["steps"] = 100  # a short way: later the labels teach as well, and what the teacher does not know
+        if (of := run_of(s.base)).get("task") == s.task and (s.task in FIELDS or s.finetune == "distill"):
+            recipe["data"] = of["data"]  # what the base learnt, it goes on with
     for name, value in ({"size": "small"} | recipe).items():
         if getattr(s, name) is None:
             setattr(s, name, value)
@@ -278,6 +280,12 @@ def complete(s):
     if s.threads:
         torch.set_num_threads(s.threads)
     return s
+
+
+def run_of(folder):
+    """The settings of the run that made a folder, or {}."""
+    path = Path(folder or "") / "args.json"
+    return read_json(path)["settings"] if folder and path.exists() else {}
 
 
 def purpose_of(folder, model):
@@ -939,7 +947,7 @@ def load_for(action, s):
     s.model = next(name for name, kind in MODELS.items() if type(model) is kind)
     own = getattr(model.config, "task", None)  # a BERT's
     s.task = ("mlm" if own == "pretrain" else own) or TASK_OF[s.model]
-    of_run = read_json(folder / "args.json")["settings"] if (folder / "args.json").exists() else {}
+    of_run = run_of(folder)
     s.data, s.seq_len = s.data or of_run.get("data"), s.seq_len or of_run.get("seq_len")
     context = context_of(model) if s.model != "vae" else None
     if s.seq_len and context and s.seq_len > context:

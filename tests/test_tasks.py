@@ -271,6 +271,26 @@ def test_a_run_needs_its_data_file_no_more(monkeypatch, capsys):
     fails(["--base", "out/whole", "--eval", "--data", "classify.jsonl"], capsys, "classify.jsonl", "no such file")
 
 
+def test_a_base_goes_on_with_its_own_data(capsys):
+    base = go("classify", out="out/base", steps=1)
+    for method in ("lora", "distill"):
+        train.main(
+            ["--finetune", method, "--base", str(base), "--steps", "1", "--out", f"out/{method}", "--threads", "1"]
+        )
+        assert json.loads(pathlib.Path(f"out/{method}/args.json").read_text())["settings"]["data"] == "classify.jsonl"
+
+
+def test_scoring_on_labels_that_were_not_learnt_names_the_row(capsys):
+    out = go("classify", out="out/a", steps=1)
+    fails(["--base", str(out), "--eval", "--data", "stdlib-areas"], capsys, "stdlib-areas:", "not seen in training")
+
+
+def test_few_rows_for_validation_are_noted(capsys):
+    go("classify", out="out/a", steps=1)
+    n = len(pathlib.Path("out/a/state/val.jsonl").read_text().splitlines())
+    assert 0 < n < 30 and f"note: {n} rows for validation are few" in capsys.readouterr().out
+
+
 def test_a_base_says_what_it_was_trained_for(capsys):
     """--finetune of a classifier, with no --task, goes on with classification, in the order of the base's labels."""
     base = go("classify", out="out/base", steps=2)
