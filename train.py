@@ -41,7 +41,7 @@ from torch import nn
 
 from minimal import adversarial, fused, runs
 from minimal.attention import attention
-from minimal.bert import BERT, BERTConfig
+from minimal.bert import ARCHITECTURES, BERT, BERTConfig
 from minimal.checkpoint import load_checkpoint, save_checkpoint, write_beside
 from minimal.distill import distillation_loss, skip_layers
 from minimal.examples import FIELDS
@@ -83,8 +83,6 @@ SIZES = {  # layers, heads, width
     "gpt2": (12, 12, 768),
 }
 MODELS = {"gpt": GPT, "rnn": RNN, "bert": BERT, "transformer": Transformer, "vae": VAE}
-ARCHITECTURES = {"BertForPreTraining": "mlm", "BertForMaskedLM": "mlm", "BertForSequenceClassification": "classify",
-                 "BertForTokenClassification": "tag", "BertForQuestionAnswering": "qa"}  # fmt: skip
 KINDS = {"gpt2": "gpt"} | {name: name for name in MODELS if name != "gpt"}  # model_type in config.json -> --model
 EMBEDDINGS = {"gpt": "transformer.wte", "rnn": "embedding", "bert": "bert.embeddings.word_embeddings",
               "transformer": "embedding"}  # fmt: skip
@@ -295,7 +293,7 @@ def purpose_of(folder, model):
     kind, task = model or KINDS.get(config.get("model_type")), None
     if kind == "bert" and config.get("architectures"):
         task = ARCHITECTURES.get(config["architectures"][0])
-    return kind, task
+    return kind, "mlm" if task == "pretrain" else task
 
 
 def check_data(s):

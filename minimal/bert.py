@@ -62,7 +62,7 @@ def torch_attention(q, k, v, *, causal=False, mask=None, scale=None, dropout=0.0
 
 
 # The tasks, and what transformers calls a model of each.
-_TASKS = {"pretrain": "BertForPreTraining", "classify": "BertForSequenceClassification",  # as transformers calls them
+_TASKS = {"pretrain": "BertForPreTraining", "classify": "BertForSequenceClassification",
           "tag": "BertForTokenClassification", "qa": "BertForQuestionAnswering"}  # fmt: skip
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
           "max_position_embeddings", "type_vocab_size")  # fmt: skip
@@ -282,7 +282,7 @@ class BERT(nn.Module):
             for name, values in _FIXED.items():
                 if c.get(name, values[0]) not in values:
                     raise ValueError(f"{name} = {c[name]!r}, wanted {values[0]!r}")
-            own = _ARCHITECTURES.get((c.get("architectures") or [None])[0])
+            own = ARCHITECTURES.get((c.get("architectures") or [None])[0])
             names = c.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # which transformers leaves out
             own_labels = tuple(names.get(str(i)) for i in range(len(names))) if own in ("classify", "tag") else ()
             task = own if task is None else task
@@ -312,7 +312,7 @@ class BERT(nn.Module):
 
 _NOWHERE = -1e4  # the logit of a place that cannot be: exp(-1e4) is 0. With -inf, distillation would take inf - inf
 _HEADS, _LONG = ("cls.", "classifier.", "qa_outputs."), torch.int64
-_ARCHITECTURES = {"BertForMaskedLM": "pretrain", "BertModel": "pretrain"} | {name: t for t, name in _TASKS.items()}
+ARCHITECTURES = {"BertForMaskedLM": "pretrain", "BertModel": "pretrain"} | {name: t for t, name in _TASKS.items()}
 # What this file computes: config.json says so when written, and must not say otherwise when read.
 _FIXED = {"model_type": ("bert",), "hidden_act": ("gelu",), "position_embedding_type": ("absolute", None),
           "is_decoder": (False,), "add_cross_attention": (False,), "tie_word_embeddings": (True,),
