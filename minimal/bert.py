@@ -139,7 +139,7 @@ class BERT(nn.Module):
 
     def __init__(self, config, attention=torch_attention):
         super().__init__()
-        self.config = config
+        self.config, self.position_offset = config, 0  # places that a prefix takes before the text
         C, V, eps = config.hidden_size, config.vocab_size, config.layer_norm_eps
         tables = {"word": V, "position": config.max_position_embeddings, "token_type": config.type_vocab_size}
         embeddings = nn.ModuleDict({f"{name}_embeddings": nn.Embedding(n, C) for name, n in tables.items()})
@@ -160,15 +160,17 @@ class BERT(nn.Module):
         for p in (self.get_parameter(name) for name in self.fresh if not name.endswith("LayerNorm.weight")):
             nn.init.normal_(p, std=0.02) if p.dim() == 2 else nn.init.zeros_(p)
 
-    def _encode(self, ids, segments, mask):  # h_L (B, T, C)
+    def hidden(self, ids, segments=None, mask=None):
+        """h_L (B, T, C), without a head; arguments as in `forward`."""
         for name, t, dtype in (("ids", ids, _LONG), ("segments", segments, _LONG), ("mask", mask, torch.bool)):
             if t is not None and (t.dim() != 2 or t.shape != ids.shape or t.dtype != dtype):
                 raise ValueError(f"{name} of shape {tuple(t.shape)}, {t.dtype}: wanted {dtype}, (batch, tokens) in all")
-        T, P, e = ids.size(1), self.config.max_position_embeddings, self.bert.embeddings
+        T, P, e = ids.size(1), self.config.max_position_embeddings - self.position_offset, self.bert.embeddings
         if T > P:
             raise ValueError(f"ids: {T} tokens do not fit, max_position_embeddings = {P}")
+        places = e.position_embeddings.weight[self.position_offset :][:T]  # (T, C)
         segments = torch.zeros_like(ids) if segments is None else segments
-        x = e.word_embeddings(ids) + e.position_embeddings.weight[:T] + e.token_type_embeddings(segments)  # (B, T, C)
+        x = e.word_embeddings(ids) + places + e.token_type_embeddings(segments)  # (B, T, C)
         x = F.dropout(e.LayerNorm(x), self.config.dropout, self.training)
         mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, T): the keys to be seen, by every query
         for layer in self.bert.encoder.layer:
@@ -193,18 +195,18 @@ class BERT(nn.Module):
         ids: int64 (B, T). segments: int64 (B, T), 0 for A and 1 for B; default 0. mask: bool (B, T), True for a real
         token; default all. Raises ValueError for other shapes and dtypes, and when T > max_position_embeddings.
         """
-        return self._head(self._encode(ids, segments, mask))
+        return self._head(self.hidden(ids, segments, mask))
 
     def next_logits(self, ids, segments=None, mask=None):
         """The other logits of "pretrain", the next sentence's (B, 2): 0, B follows A; 1, B is random."""
-        return self.cls.seq_relationship(self._pool(self._encode(ids, segments, mask)))
+        return self.cls.seq_relationship(self._pool(self.hidden(ids, segments, mask)))
 
     def _compare(self, ids, segments=None, mask=None, labels=None, next=None, starts=None, ends=None):
         task, given = self.config.task, {"labels": labels, "next": next, "starts": starts, "ends": ends}
         names, wanted = {n for n in given if given[n] is not None}, {"starts", "ends"} if task == "qa" else {"labels"}
         if names - ({"next"} if task == "pretrain" else set()) != wanted:
             raise ValueError(f"batch with {sorted(names)} beside its ids: wanted {sorted(wanted)} for task {task!r}")
-        x = self._encode(ids, segments, mask)
+        x = self.hidden(ids, segments, mask)
         if task == "classify":
             return self._head(x), labels, x
         if task == "qa":
@@ -220,8 +222,7 @@ class BERT(nn.Module):
         """What the loss compares: logits (N, V or L or T), targets int64 (N,), and h_L at the M real places (M, C).
 
         targets: "pretrain" (MLM alone, whatever `next`) and "tag": labels (B, T), of which N are not -100. "classify":
-        labels (B,). "qa": starts (B,) and ends (B,), places in T: N = 2B, -100 does not count. ValueError: others.
-        """
+        labels (B,). "qa": starts (B,) and ends (B,), places in T: N = 2B, -100 does not count. ValueError: others."""
         logits, targets, x = self._compare(ids, segments, mask, **targets)
         return logits, targets, x.flatten(0, 1) if mask is None else x[mask]
 
@@ -229,8 +230,7 @@ class BERT(nn.Module):
         """Cross-entropy summed over the targets of `outputs` (nats, float32 or more), and how many count (0-dim int64).
 
         "pretrain" adds next_weight times the next-sentence loss if next (B,) is given: 0, B follows A; 1, B is random.
-        With nothing to count the sum is 0. ValueError: label smoothing for "qa", where places are no classes.
-        """
+        With nothing to count the sum is 0. ValueError: label smoothing for "qa", where places are no classes."""
         if label_smoothing and self.config.task == "qa":
             raise ValueError(f"label_smoothing = {label_smoothing}: wanted 0.0 for task 'qa', or padding had a share")
         def summed(logits, targets):

@@ -38,11 +38,7 @@ import torch.nn.functional as F
 
 # Same as minimal/attention.py: torch_attention
 def torch_attention(q, k, v, *, causal=False, mask=None, scale=None, dropout=0.0):
-    """Attention by PyTorch's kernels: q (B,H,Tq,D), k (B,Hkv,Tk,D), v (B,Hkv,Tk,Dv) -> (B,H,Tq,Dv); Hkv divides H.
-
-    mask is boolean (True: may attend) or additive, and broadcasts to (B, H, Tq, Tk); causal is aligned bottom-right and
-    adds to it; a row with nothing to attend to gives zeros; dropout is always active: pass 0.0 in evaluation.
-    """
+    """Attention by PyTorch's kernels: q (B,H,Tq,D), k (B,Hkv,Tk,D), v (B,Hkv,Tk,Dv) -> (B,H,Tq,Dv); see that file."""
     Tq, Tk = q.shape[2], k.shape[2]
     causal = causal if Tq > 1 else False  # a lone query is the last token: it sees every key
     if mask is not None:
@@ -98,9 +94,8 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, layer=0):
-        B, T, C = x.shape
-        H = self.config.n_head
+    def forward(self, x, cache=None, layer=0, mask=None):
+        (B, T, C), H = x.shape, self.config.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
         q, k, v = (t.view(B, T, H, C // H).transpose(1, 2) for t in (q, k, v))  # 3 x (B, H, T, D), views: no copy
         if cache is not None:
@@ -109,7 +104,7 @@ class CausalSelfAttention(nn.Module):
                 v = torch.cat((cache[layer][1], v), dim=2)  # (B, H, S, D)
             cache[layer : layer + 1] = [(k, v)]  # replaces the entry, or appends the first one
         p = self.config.dropout if self.training else 0.0
-        y = self.attention(q, k, v, causal=True, dropout=p)  # (B, H, T, D)
+        y = self.attention(q, k, v, causal=True, mask=mask, dropout=p)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C), heads side by side
         return F.dropout(self.c_proj(y), p)
 
@@ -138,21 +133,29 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, layer=0):
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x, cache=None, layer=0, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, layer, mask)
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT(nn.Module):
-    """GPT-2 with its language-model head.
+def apart(documents):
+    """Documents packed into one row, int64 (B, T), a number each: their positions (B, T), which restart at 0 with each,
+    and the mask (B, 1, T, T) within them. A document is a run of one number."""
+    at = torch.arange(documents.size(1), device=documents.device)  # (T,)
+    first = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)  # (B, T)
+    number, positions = first.cumsum(1), at - (at * first).cummax(1).values  # (B, T), (B, T)
+    return positions, (number[:, :, None] == number[:, None])[:, None]
 
-    config: GPTConfig. attention: a callable of torch_attention's contract, such as a fused one.
-    `model.config.dropout` is read at every call, so it can be changed between calls.
+
+class GPT(nn.Module):
+    """GPT-2 with its language-model head. attention: a callable of torch_attention's contract, such as a fused one.
+
+    `model.config.dropout` is read at every call. position_offset counts the places that a prefix takes before the text.
     """
 
     def __init__(self, config, attention=torch_attention):
         super().__init__()
-        self.config = config
+        self.config, self.position_offset = config, 0
         self.transformer = nn.Module()  # a name and no more: the one under which GPT-2's weights are published
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -161,48 +164,52 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():  # a tied tensor is named once
-            if p.dim() == 2:
-                # 2 n_layer branches add into the residual stream: scaled so, its variance does not grow with depth.
+            if p.dim() == 2:  # 2 n_layer branches add into the residual stream: its variance shall not grow with depth
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, ids, cache=None):
+    def forward(self, ids, cache=None, documents=None):
         """Logits (B, T, V) for the token after each of `ids`, int64 (B, T).
 
         cache: None, or a list that the caller owns: `[]` at first; each call extends its one (k, v) per layer, each
-        (B, H, S, D), and takes positions from their length on. Raises ValueError when S > n_positions.
+        (B, H, S, D), and takes positions from their length on. documents: see `apart`; not beside a cache. Raises
+        ValueError for other shapes and when S > n_positions.
         """
-        return self.lm_head(self.hidden(ids, cache))  # (B,T,C) x (V,C) -> (B,T,V)
+        return self.lm_head(self.hidden(ids, cache, documents))  # (B,T,C) x (V,C) -> (B,T,V)
 
-    def hidden(self, ids, cache=None):
+    def hidden(self, ids, cache=None, documents=None):
         """What the head reads, (B, T, C); arguments as in `forward`."""
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}: wanted token ids of shape (batch, tokens)")
-        past, T, P = cache[0][0].size(2) if cache else 0, ids.size(1), self.config.n_positions
+        if documents is not None and (cache is not None or documents.shape != ids.shape):
+            raise ValueError(f"documents of shape {tuple(documents.shape)}: wanted that of ids, and no cache beside it")
+        past = self.position_offset + (cache[0][0].size(2) if cache else 0)
+        T, P = ids.size(1), self.config.n_positions
         if past + T > P:
             raise ValueError(f"ids: {past} cached + {T} new tokens do not fit the context, n_positions = {P}")
-        positions = torch.arange(past, past + T, device=ids.device)
-        x = self.transformer.wte(ids) + self.transformer.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
+        positions, mask = (torch.arange(T, device=ids.device), None) if documents is None else apart(documents)
+        x = self.transformer.wte(ids) + self.transformer.wpe(past + positions)  # (B, T, C) + (T, C) -> (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, cache, layer)
+            x = block(x, cache, layer, mask)
         return self.transformer.ln_f(x)
 
-    def outputs(self, ids, labels=None):
+    def outputs(self, ids, labels=None, documents=None):
         """What the loss compares: logits (B T, V), targets (B T,), and what the head reads, hidden (B T, C).
 
         ids: int64 (B, T+1). labels: the same shape, aligned with ids (labels[t] is the token at t), -100 where it does
-        not count; default ids. The shift happens here and nowhere else."""
+        not count; default ids. The shift happens here and nowhere else. documents: as in `forward`, (B, T+1)."""
         labels = ids if labels is None else labels
         if labels.shape != ids.shape:
             raise ValueError(f"labels of shape {tuple(labels.shape)}: wanted that of ids, {tuple(ids.shape)}")
-        hidden = self.hidden(ids[:, :-1]).flatten(0, 1)  # (B T, C)
+        documents = documents if documents is None else documents[:, :-1]
+        hidden = self.hidden(ids[:, :-1], None, documents).flatten(0, 1)  # (B T, C)
         return self.lm_head(hidden), labels[:, 1:].flatten(), hidden
 
-    def loss(self, ids, labels=None, label_smoothing=0.0):
+    def loss(self, ids, labels=None, documents=None, label_smoothing=0.0):
         """Cross-entropy summed over the next tokens (nats, float32 or wider; 0 of none), and their number (int64)."""
-        logits, targets, _ = self.outputs(ids, labels)
+        logits, targets, _ = self.outputs(ids, labels, documents)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a sum in bfloat16 keeps three digits
         total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)  # without the -100
         return total, (targets != -100).sum()
@@ -211,8 +218,7 @@ class GPT(nn.Module):
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors in Hugging Face's GPT-2 layout; a failed write changes no file.
 
-        Raises ValueError when the model's tensors are not GPT-2's (an adapter: merge or remove it first).
-        """
+        Raises ValueError when the model's tensors are not GPT-2's (an adapter: merge or remove it first)."""
         safetensors, c, tensors = _safetensors(), self.config, self.state_dict()
         with torch.device("meta"):
             _same_names("the model", tensors, GPT(c).state_dict())
@@ -227,9 +233,8 @@ class GPT(nn.Module):
             **_FIXED,
             "torch_dtype": str(self.transformer.wte.weight.dtype).removeprefix("torch."),
         }
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / "model.safetensors.tmp", folder / "config.json.tmp"
+        beside = Path(folder) / "model.safetensors.tmp", Path(folder) / "config.json.tmp"
+        Path(folder).mkdir(parents=True, exist_ok=True)
         try:
             safetensors.torch.save_file(tensors, beside[0], {"format": "pt"})  # transformers refuses files without it
             beside[1].write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -243,8 +248,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, folder, attention=torch_attention):
         """Read a folder in Hugging Face's GPT-2 layout: the model in float32, on the CPU, in eval mode.
 
-        Raises ValueError in one line that names the file and what is wrong in it. Pickles are never opened.
-        """
+        Raises ValueError in one line that names the file and what is wrong in it. Pickles are never opened."""
         safetensors, path = _safetensors(), Path(folder) / "model.safetensors"
         config = _read_config(Path(folder) / "config.json")
         with torch.device("meta"):  # names and shapes without memory: the numbers come from the file
@@ -293,7 +297,6 @@ def _safetensors():
         raise ImportError("weights are read and written with safetensors: pip install safetensors") from None
     return safetensors
 
-
 def _same_names(what, have, want):
     for kind, names in (("missing", want.keys() - have.keys()), ("unexpected", have.keys() - want.keys())):
         if names:
@@ -326,13 +329,11 @@ def _read_config(path):
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)  # so small a model is slower when shared out
-    with torch.device("meta"):  # shapes without memory
-        print(f"GPT-2 small: {sum(p.numel() for p in GPT(GPTConfig()).parameters()):,} parameters")
     text = "a model of language gives a number to every next token, and the loss says how surprised it was. " * 2
     ids = torch.tensor([[(letters := sorted(set(text))).index(ch) for ch in text]])  # (1, T+1)
     model = GPT(GPTConfig(len(letters), n_positions=256, n_embd=64, n_layer=2, n_head=4, dropout=0.0))
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    print(f"{len(letters)} letters, so knowing nothing costs ln V = {math.log(len(letters)):.4f} nats a token")
+    print(f"{len(letters)} letters: knowing nothing costs ln V = {math.log(len(letters)):.4f} nats a token")
     for step in range(101):
         total, count = model.loss(ids)
         if step % 25 == 0:
@@ -341,10 +342,9 @@ if __name__ == "__main__":
         (total / count).backward()
         optimiser.step()
     with torch.no_grad():
-        plain, cached, cache, new = ids[:, :20], ids[:, :20], [], ids[:, :20]
+        cached, cache, new = ids[:, :20], [], ids[:, :20]
         for _ in range(60):
-            plain = torch.cat((plain, model(plain)[:, -1:].argmax(-1)), dim=1)  # reads everything again
             new = model(new, cache)[:, -1:].argmax(-1)  # reads one token, looks back into the cache
             cached = torch.cat((cached, new), dim=1)
-    print("greedy:", "".join(letters[i] for i in cached[0]))
-    print("with the cache equal to without:", torch.equal(plain, cached), "| shape of a key:", tuple(cache[0][0].shape))
+        print("greedy:", "".join(letters[i] for i in cached[0]))
+        print("the same without a cache:", torch.equal(model(cached)[:, 19:-1].argmax(-1), cached[:, 20:]))

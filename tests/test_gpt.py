@@ -651,7 +651,7 @@ def test_attention_gets_views_and_what_it_needs():
     model = perturb(GPT(GPTConfig(**SIZES, dropout=0.25), spy))
     model(tokens(2, 10))
     for q, k, v, settings in calls:
-        assert q.shape == k.shape == v.shape == (2, 4, 10, 8) and settings == {"causal": True, "dropout": 0.0}
+        assert q.shape == k.shape == v.shape == (2, 4, 10, 8) and settings == {"causal": True, "mask": None, "dropout": 0.0}
         starts = {t.untyped_storage().data_ptr() for t in (q, k, v)}
         assert len(starts) == 1 and q.stride() == k.stride() == v.stride() == (960, 8, 96, 1), "a needless copy"
     calls.clear()
@@ -721,3 +721,64 @@ def test_input_errors():
         with pytest.raises(ValueError, match=pattern) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+# --- documents in one row, and places before the text ------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(0, 9))
+def test_packed_documents_equal_documents_alone(lengths, seed):
+    """Trap 9: each document's logits are those of it alone, positions from 0, whatever stands beside it."""
+    lengths = [n for i, n in enumerate(lengths) if sum(lengths[: i + 1]) <= SIZES["n_positions"]]
+    torch.manual_seed(seed)
+    model = tiny()
+    parts = [tokens(1, n, seed=seed + i) for i, n in enumerate(lengths)]
+    # Numbers need not rise: a document is a run of one number, so 1 1 2 1 are three.
+    documents = torch.cat([torch.full((1, n), i % 2) for i, n in enumerate(lengths)], 1)
+    with torch.no_grad():
+        packed = model(torch.cat(parts, 1), documents=documents)
+        alone = torch.cat([model(part) for part in parts], 1)
+    assert (packed - alone).abs().max() < 1e-5 * alone.abs().max().clamp_min(1)
+
+
+def test_trap_packed_documents_leak():
+    """Change document A: B's logits stay, bit for bit; the variant without documents moves them."""
+    model, ids = tiny(), tokens(1, 20)
+    documents = torch.arange(20)[None] // 10
+    changed = torch.cat((tokens(1, 10, seed=7), ids[:, 10:]), 1)
+    with torch.no_grad():
+        assert torch.equal(model(ids, documents=documents)[:, 10:], model(changed, documents=documents)[:, 10:])
+        assert not torch.allclose(model(ids)[:, 10:], model(changed)[:, 10:])
+
+
+def test_loss_of_packed_documents_is_the_sum_of_theirs():
+    model, parts = tiny(), [tokens(1, n, seed=n) for n in (5, 9, 3)]
+    ids = torch.cat(parts, 1)
+    documents = torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)], 1)
+    labels = torch.cat([torch.cat((torch.full((1, 1), -100), part[:, 1:]), 1) for part in parts], 1)
+    total, count = model.loss(ids, labels, documents)
+    alone = [model.loss(part) for part in parts]
+    assert count == sum(int(n) for _, n in alone) == 4 + 8 + 2
+    torch.testing.assert_close(total, sum(loss for loss, _ in alone), rtol=1e-5, atol=1e-5)
+
+
+def test_documents_are_checked():
+    model, ids = tiny(), tokens(2, 6)
+    for wrong in (dict(documents=torch.zeros(2, 5, dtype=torch.int64)), dict(documents=ids, cache=[])):
+        with pytest.raises(ValueError, match="documents of shape"):
+            model(ids, **wrong)
+
+
+def test_position_offset_moves_every_position_and_shortens_the_context():
+    """As if two tokens stood before the text that nothing looks at."""
+    model, moved = tiny(), tiny(n_positions=22)
+    moved.load_state_dict(model.state_dict() | {"transformer.wpe.weight": model.transformer.wpe.weight[2:]})
+    ids, cache = tokens(2, 12), []
+    with torch.no_grad():
+        want = moved(ids)
+        model.position_offset = 2
+        assert torch.equal(model(ids), want)
+        steps = torch.cat([model(part, cache) for part in ids.split(5, 1)], 1)
+        assert (steps - want).abs().max() < 1e-5 * want.abs().max().clamp_min(1)
+        with pytest.raises(ValueError, match="do not fit the context"):
+            model(tokens(1, 23))
