@@ -2,7 +2,9 @@
 """What train.py can learn: for each task its data, the answers of a model, their scores, and what they have to beat.
 
     task       model        a row                          scores                              baselines
-    lm         gpt, rnn     running text                   bits per byte                       unigram
+    lm         gpt, llama,  running text                   bits per byte                       unigram
+               rnn
+    chat       gpt, llama   messages                       accuracy of the answers' tokens     unigram
     mlm        bert         two segments, words masked     accuracy of words and of order      unigram
     classify   bert         text, label                    accuracy, macro F1                  majority, bag of words
     tag        bert         tokens, tags                   accuracy, macro F1, entity F1       majority, usual tags
@@ -32,6 +34,7 @@ import math
 import random
 import re
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy
@@ -39,11 +42,13 @@ import torch
 
 from minimal import adversarial, baselines, metrics, stdlib_tasks
 from minimal import data as corpus
+from minimal.chat import ChatML, default_system, read_conversations, read_row
 from minimal.checkpoint import write_beside
 from minimal.examples import FIELDS, check_labels, check_row, label_names, load_hub, read_examples, split
 from minimal.features import answers, collate, encode, epoch_batches
 from minimal.generate import stream_text
 from minimal.mlm import join_pair, mask_tokens, sentence_pair
+from minimal.packing import PackedRows, fit_rows
 from minimal.tokenizer import END, Tokenizer
 from minimal.transformer import beam_search
 from minimal.vae import grid
@@ -59,7 +64,8 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "lm": Task(("gpt", "rnn"), "val_loss"),
+    "lm": Task(("gpt", "rnn", "llama"), "val_loss"),
+    "chat": Task(("gpt", "llama"), "val_loss"),
     "mlm": Task(("bert",), "val_loss"),
     "classify": Task(("bert",), "accuracy"),
     "tag": Task(("bert",), "macro_f1"),
@@ -83,9 +89,17 @@ SOURCES = {  # data without a download: what `python train.py` learns from
     "stdlib-signatures": stdlib_tasks.signatures,
     "digits": corpus.digits,
 }
-TASK_OF = {"gpt": "lm", "rnn": "lm", "bert": "mlm", "transformer": "seq2seq", "vae": "images"}  # of a model by itself
+TASK_OF = {
+    "gpt": "lm",
+    "llama": "lm",
+    "rnn": "lm",
+    "bert": "mlm",
+    "transformer": "seq2seq",
+    "vae": "images",
+}  # of a model by itself
 PART = 2**28  # characters of text prepared at a time: about 2 GB of memory
 EVAL_TOKENS = 32_768  # scored at each evaluation: a second or two, and a standard error of about 1 %
+EVAL_WORK = 6e11  # and at most so many parameters times tokens: half a minute on two cores, where the model is large
 EVAL_ROWS = 1000  # the same for labelled rows; --eval takes all
 IMAGE_SIZE = 32  # pixels a side that a folder's images are brought to
 
@@ -101,10 +115,17 @@ def new_tokenizer(s, texts):
 
 def checked(s, tokenizer):
     """The tokenizer, if it has the special tokens that the model needs."""
-    for token in SPECIAL if s.model == "bert" else SPECIAL[:1]:
-        if tokenizer.token_to_id(token) is None:
-            raise ValueError(f"--tokenizer {s.tokenizer}: has no {token}, which --model {s.model} needs")
+    needed = [token for token in SPECIAL[1:] if s.model == "bert" and tokenizer.token_to_id(token) is None]
+    if s.model != "bert" and tokenizer.eos_id is None:
+        needed = [END]
+    if needed:
+        raise ValueError(f"--tokenizer {s.tokenizer}: has no {needed[0]}, which --model {s.model} needs")
     return tokenizer
+
+
+def end_id(tokenizer):
+    """The id that ends a document in a file of tokens; WordPiece has none, and [PAD], which is no text, serves."""
+    return tokenizer.token_to_id("[PAD]") if tokenizer.eos_id is None else tokenizer.eos_id
 
 
 def prepare_text(s, folder, tokenizer):
@@ -124,7 +145,7 @@ def prepare_text(s, folder, tokenizer):
         if s.task == "lm":
             return tokenizer.encode(text) + [tokenizer.eos_id]
         sentences = stdlib_tasks.sentences(text)
-        return [i for sentence in sentences for i in (*tokenizer.encode(sentence), sep_id)] + [tokenizer.eos_id]
+        return [i for sentence in sentences for i in (*tokenizer.encode(sentence), sep_id)] + [end_id(tokenizer)]
 
     def train_rows():
         nonlocal part
@@ -138,6 +159,11 @@ def prepare_text(s, folder, tokenizer):
     print(f"data: {s.data}, {n_train:,} tokens and {n_val:,} for validation, vocabulary {tokenizer.vocab_size:,}; "
           f"{time.perf_counter() - started:.0f} s")  # fmt: skip
     return tokenizer
+
+
+def check_data(s):
+    if s.data not in SOURCES and not s.data.startswith("hf:") and not Path(s.data).exists():
+        raise ValueError(f"--data {s.data}: no such file or folder")
 
 
 def documents_of(s):
@@ -176,12 +202,14 @@ def tokens_of(path):
 
 
 class Text:
-    """lm: rows of tokens."""
+    """lm: rows of tokens; of a .jsonl, each of whose rows is a document, those do not see each other."""
 
     unit = "tokens"
 
-    def __init__(self, s, folder, tokenizer):
+    def __init__(self, s, folder, tokenizer, base=None):
         self.s, self.tokenizer, self.folder = s, tokenizer, folder
+        self.apart = s.data.endswith(".jsonl") and s.model != "rnn" and not prompted(s, base)
+        self.limit = max(1, eval_tokens(base) // (s.seq_len * s.batch_size))
         try:
             self.train, self.val = (corpus.TokenBlocks(folder / n, s.seq_len, s.seed) for n in ("train.npy", "val.npy"))
         except ValueError as error:
@@ -198,11 +226,19 @@ class Text:
         self.n_bytes = int(torch.tensor(sizes)[self.scored].sum())
 
     def batch(self, index):
-        return {"ids": self.train.batch(index, self.s.batch_size)}  # (B, T + 1)
+        ids = self.train.batch(index, self.s.batch_size)  # (B, T + 1)
+        return self.documents(ids, ids) if self.apart else {"ids": ids}
 
     def validation(self):
-        limit = max(1, EVAL_TOKENS // (self.s.seq_len * self.s.batch_size))
-        return ({"ids": ids, "labels": labels} for ids, labels in self.val.sequential(self.s.batch_size, limit))
+        for ids, labels in self.val.sequential(self.s.batch_size, self.limit):
+            yield self.documents(ids, labels) if self.apart else {"ids": ids, "labels": labels}
+
+    def documents(self, ids, labels):
+        """A batch with the number of each token's document; the end of one is not asked for the next one's start."""
+        ends = (ids == self.tokenizer.eos_id)[:, :-1]  # (B, T)
+        numbers = torch.nn.functional.pad(ends.cumsum(1), (1, 0))  # (B, T + 1)
+        labels = torch.cat((labels[:, :1], labels[:, 1:].masked_fill(ends, -100)), 1)
+        return {"ids": ids, "labels": labels, "documents": numbers}
 
     def scores(self, model, loss_sum):
         return {"bits_per_byte": metrics.bits_per_byte(loss_sum, self.n_bytes)} if self.n_bytes else {}
@@ -214,6 +250,87 @@ class Text:
 
     def sample(self, model, folder):
         return self.s.prompt + "".join(continue_text(self.s, model, self.tokenizer, self.s.prompt))
+
+
+class Chats:
+    """chat: conversations, packed into rows in which none sees another; batches as in Text."""
+
+    unit = "trained tokens"
+
+    def __init__(self, s, tokenizer, train, val, base=None):
+        self.s, self.tokenizer, self.val, self.format = s, tokenizer, val, chat_format(tokenizer)
+        features, report = fit_rows([self.format.feature(row, s.train_on) for row in train], s.seq_len)
+        held_out, _ = fit_rows([self.format.feature(row) for row in val], s.seq_len)
+        ends = itertools.accumulate(len(f["ids"]) for f in held_out)  # the same rows whether they are packed or not
+        held_out = [f for f, end in zip(held_out, ends, strict=True) if end <= eval_tokens(base)] or held_out[:1]
+        if report:
+            print(f"note: {report}")
+        how = dict(pad_id=pad_id(tokenizer), pack=not prompted(s, base))
+        self.rows = PackedRows(features, s.seq_len, s.batch_size, s.seed, **how)
+        self.right = []
+        self.held_out = PackedRows(held_out, s.seq_len, s.batch_size, 0, **how)
+
+    def batch(self, index):
+        return self.rows.batch(index)
+
+    def validation(self):
+        return self.held_out.sequential()
+
+    def targets(self, batches):
+        """The ids that are asked for, (N,)."""
+        labels = torch.cat([batch["labels"][:, 1:].flatten() for batch in batches])
+        return labels[labels != -100]
+
+    def loss(self, model, **batch):
+        """As model.loss, and notes on the way how many of the targets are the likeliest token."""
+        logits, targets, _ = model.outputs(**batch)  # (N, V), (N,)
+        self.right.append(int((logits.argmax(-1) == targets).sum()))
+        total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return total, (targets != -100).sum()
+
+    def scores(self, model, loss_sum):
+        right, self.right = sum(self.right), []
+        return {"token_accuracy": right / len(self.targets(self.validation()))}
+
+    def baselines(self):
+        ids = self.targets(self.batch(i) for i in range(min(len(self.rows), 1000)))
+        scored = self.targets(self.validation())
+        usual = (scored == ids.bincount().argmax()).double().mean().item()
+        nats = baselines.unigram(ids, scored, self.tokenizer.vocab_size) / len(scored)
+        return {"unigram": {"val_loss": nats, "token_accuracy": usual}}
+
+    def sample(self, model, folder):
+        shown = []
+        for row in [row for row in self.val if "messages" in row][:3]:
+            asked, true = row["messages"][:-1], row["messages"][-1]["content"]
+            said = "".join(answer(self.s, model, self.tokenizer, asked, min(self.s.new_tokens, len(true) // 2 + 16)))
+            shown.append(f"{asked[-1]['content'].strip():.200}\n-> {said!r} (true: {true!r:.200})")
+        return "\n".join(shown)
+
+
+def chat_format(tokenizer):
+    """ChatML with the system message that the model's own chat template begins with."""
+    return ChatML(tokenizer, default_system(getattr(tokenizer, "chat_template", None)))
+
+
+def answer(s, model, tokenizer, messages, new_tokens=None):
+    """Yields the pieces of an assistant's answer to messages."""
+    chat = chat_format(tokenizer)
+    generator = torch.Generator(s.device).manual_seed(s.seed)
+    how = dict(temperature=s.temperature, top_p=s.top_p, generator=generator, eos_id=chat.end)
+    how["context"] = context_of(model)
+    return stream_text(model, tokenizer, chat.prompt(messages), new_tokens or s.new_tokens, **how)
+
+
+def eval_tokens(base):
+    """How many tokens an evaluation scores, for a model that is as large as `base`."""
+    size = sum(p.numel() for p in base.parameters()) if base else 1
+    return min(EVAL_TOKENS, int(EVAL_WORK / size))
+
+
+def prompted(s, base):
+    """Whether a prompt is trained or there: it stands before one document alone, not before several in a row."""
+    return s.finetune == "prompt" or hasattr(base, "prompt")
 
 
 class Pairs:
@@ -236,7 +353,7 @@ class Pairs:
     def documents(self, path):
         """[[sentence, ...], ...], each sentence a view of the file's ids"""
         ids, found = tokens_of(path), []
-        for document in ids.tensor_split((ids.int() == self.tokenizer.eos_id).nonzero().flatten() + 1):
+        for document in ids.tensor_split((ids.int() == end_id(self.tokenizer)).nonzero().flatten() + 1):
             ends = (document.int() == self.tokenizer.token_to_id("[SEP]")).nonzero().flatten().tolist()
             spans = zip([0, *(e + 1 for e in ends)], ends, strict=False)
             found.append([document[a:b] for a, b in spans if b > a])
@@ -326,6 +443,22 @@ def rows_of(s):
     return train, val
 
 
+def chats_of(s):
+    """(train, val): the conversations of --data, checked and split."""
+    if LABELLED.get(s.data) == "seq2seq" or s.data.startswith("hf:"):
+        parts = {"train": SOURCES[s.data]()} if s.data in SOURCES else load_hub(s.data[3:])
+        chats = []
+        for name in [*parts][:1]:
+            for i, row in enumerate(parts[name], 1):
+                row = {"prompt": row["source"], "completion": row["target"]} if s.data in SOURCES else row
+                chats.append(read_row(row, f"{s.data}:{i}"))
+        return split(chats)
+    if s.data in SOURCES:
+        wanted = next(name for name, task in LABELLED.items() if task == "seq2seq")
+        raise ValueError(f"--data {s.data}: holds no conversations; wanted a .jsonl, hf:OWNER/NAME or {wanted}")
+    return split(*read_conversations(s.data))
+
+
 def rows_to_score(s, labels):
     """The rows of --data for --eval: those for validation if the data has such a part, else all of them."""
     train, val = rows_of(s) if s.data in SOURCES else read_examples(s.data, s.task)
@@ -336,7 +469,7 @@ def rows_to_score(s, labels):
 
 def prepare_rows(s, folder, tokenizer):
     """Labelled rows, checked and split, as .jsonl files in `folder`; returns the tokenizer, trained if new."""
-    train, val = rows_of(s)
+    train, val = chats_of(s) if s.task == "chat" else rows_of(s)
     for name, rows in (("train", train), ("val", val)):
         lines = "".join(json.dumps(row | {"key": ""}) + "\n" for row in rows)  # a key may be a whole source file
         write_beside(folder / f"{name}.jsonl", lambda beside, lines=lines: beside.write_text(lines, encoding="utf-8"))
@@ -356,6 +489,8 @@ def read_rows(path):
 
 def texts_of(task, row):
     """What a tokenizer learns of a row."""
+    if task == "chat":
+        return [row["text"]] if "text" in row else [message["content"] for message in row["messages"]]
     return [row[name] for name in FIELDS[task] if name not in ("label", "tags", "answers")]
 
 
@@ -423,6 +558,15 @@ class Labelled:
         return "\n".join(show(self.s.task, row, answer) for row, answer in zip(rows, found, strict=True))
 
 
+def context_of(model):
+    """The most tokens of text that a model can read, or None where there is no limit."""
+    config = model.config
+    context = getattr(config, "n_positions", getattr(config, "max_position_embeddings", None))
+    context = config.max_len - 1 if hasattr(config, "max_len") else context  # a target has one token more
+    taken = len(model.prompt.P_e) if hasattr(model, "prompt") else getattr(model, "position_offset", 0)
+    return context and context - taken  # less what a prefix or a prompt takes
+
+
 def segments_of(model):
     """How many kinds of segments a model tells apart; None stands for one that is trained anew."""
     return getattr(model.config, "type_vocab_size", 1) if model else 3  # BERT's two, and words of the question
@@ -430,7 +574,7 @@ def segments_of(model):
 
 def pad_id(tokenizer):
     padding = tokenizer.token_to_id("[PAD]")
-    return tokenizer.eos_id if padding is None else padding  # a mask and labels of -100 say what is padding
+    return (tokenizer.eos_id or 0) if padding is None else padding  # a mask and labels of -100 say what is padding
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -492,7 +636,9 @@ def load_data(s, folder, tokenizer, base=None):
         own = getattr(base.config, "labels", ()) if base else ()
         labels = own if set(own) == set(labels) else labels  # in the order of the base's head, which then stays
         return Labelled(s, tokenizer, train, val[:: -(-len(val) // EVAL_ROWS)], labels, segments_of(base))
-    return (Text if s.task == "lm" else Pairs)(s, folder, tokenizer)
+    if s.task == "chat":
+        return Chats(s, tokenizer, *(read_rows(folder / f"{name}.jsonl") for name in ("train", "val")), base)
+    return Text(s, folder, tokenizer, base) if s.task == "lm" else Pairs(s, folder, tokenizer)
 
 
 # --- answers and scores -----------------------------------------------------------------------------------------------
@@ -560,7 +706,7 @@ def show(task, row, answer):
 def continue_text(s, model, tokenizer, prompt):
     """Yields the pieces of a continuation, drawn with a generator of its own: a sample does not move training's."""
     generator = torch.Generator(s.device).manual_seed(s.seed)
-    how = dict(temperature=s.temperature, top_p=s.top_p, generator=generator)
+    how = dict(temperature=s.temperature, top_p=s.top_p, generator=generator, context=context_of(model))
     return stream_text(model, tokenizer, prompt, s.new_tokens, **how)
 
 
@@ -575,3 +721,50 @@ def fill_masks(s, model, tokenizer, text):
         raise ValueError(f"--sample {text!r:.60}: is {len(ids)} tokens long; wanted at most {s.seq_len}")
     likeliest = model(torch.tensor([ids], device=s.device))[0].argmax(-1).tolist()
     return tokenizer.decode([b if a == mask else a for a, b in zip(ids, likeliest, strict=True)][1:-1])
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(s, model, data):
+    """-> {"val_loss": nats per token, label or image} and the task's scores, on the same rows at every call."""
+    training, total, terms = model.training, 0.0, 0
+    loss = functools.partial(data.loss, model) if hasattr(data, "loss") else model.loss
+    model.eval()
+    with torch.random.fork_rng():  # a VAE draws latents here: the same ones each time, and none of training's
+        torch.manual_seed(s.seed)
+        for batch in data.validation():
+            loss_sum, n = loss_on(s, loss, batch)
+            total, terms = total + float(loss_sum), terms + int(n)
+        scores = {"val_loss": total / max(terms, 1)} | data.scores(model, total)
+    model.train(training)
+    return scores
+
+
+def loss_on(s, loss, batch):
+    with torch.autocast(s.device.split(":")[0], getattr(torch, s.dtype), enabled=s.dtype != "float32"):
+        return loss(**{name: tensor.to(s.device) for name, tensor in batch.items()})
+
+
+def better(s, scores, best):
+    name = "entity_f1" if "entity_f1" in scores else TASKS[s.task].best
+    if best is None:
+        return True
+    sign = 1 if name.endswith("loss") else -1
+    a, b = ((sign * x[name], x["val_loss"]) for x in (scores, best))
+    return a < b  # of equal scores, which are common on few rows, the loss decides
+
+
+def describe(scores):
+    words = {
+        "val_loss": "validation loss",
+        "f1": "F1",
+        "macro_f1": "macro F1",
+        "entity_f1": "entity F1",
+        "chrf": "chrF",
+    }
+    told = [(words.get(name, name.replace("_", " ")), value) for name, value in scores.items() if name != "sample"]
+    return ", ".join(
+        f"{value:.4f} {name}" if name == "bits per byte" else f"{name} {value:.4f}" for name, value in told
+    )

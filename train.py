@@ -8,10 +8,10 @@
     python train.py --finetune distill                     teach a model of half the layers
     python train.py --base out/gpt-lora --sample "Return"  use a result
 
-In order: settings, model and adaptation, evaluation, loop, runs, uses of a model, main; tasks.py has the data and the
-scores of each task. A run is a folder with the model in the Hugging Face layout (or the adapter in PEFT's), args.json,
-metrics.jsonl, metrics.json, loss.png, samples.txt, and state/, which holds the data as it was prepared and the
-checkpoint that resumes the run exactly. Nothing is ever pickled.
+In order: settings, loop, runs, main. Beside it, models.py has the models, their adaptation and what they minimise,
+tasks.py the data and the scores of each task, uses.py what a result is good for. A run is a folder: the model in the
+Hugging Face layout (or the adapter in PEFT's), args.json, metrics.jsonl, metrics.json, loss.png, samples.txt, and
+state/, with the data as it was prepared and the checkpoint that resumes the run exactly. Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -37,60 +35,73 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
-from minimal import adversarial, fused, runs
-from minimal.attention import attention
-from minimal.bert import ARCHITECTURES, BERT, BERTConfig
+from minimal import fused, runs
+from minimal.chat import kind_of
 from minimal.checkpoint import load_checkpoint, save_checkpoint, write_beside
-from minimal.distill import distillation_loss, skip_layers
 from minimal.examples import FIELDS
-from minimal.gpt import GPT, GPTConfig
-from minimal.lora import add_lora, load_lora, lora_parameters, merge_lora, save_lora
-from minimal.optim import SGD, AdamW, Muon, cosine_schedule, decay_groups, muon_groups
-from minimal.rnn import RNN, RNNConfig
+from minimal.optim import cosine_schedule
 from minimal.runs import newest, read_json, write_json
-from minimal.settings import flag, parse, setting
-from minimal.tokenizer import Tokenizer
-from minimal.transformer import Transformer, TransformerConfig, sinusoidal_positions
-from minimal.vae import VAE, VAEConfig
+from minimal.settings import converter, flag, parse, setting
+from models import (
+    ADAPTERS,
+    MODELS,
+    PACKAGED,
+    SIZES,
+    adapt,
+    attack_of,
+    count,
+    identity_of,
+    load_model,
+    load_tokenizer,
+    locate,
+    new_model,
+    objective,
+    optimizer_of,
+    purpose_of,
+    renew,
+    save_model,
+    save_tokenizer,
+    student_of,
+    weights_of,
+)
 from tasks import (
     SOURCES,
     TASK_OF,
     TASKS,
-    Labelled,
-    continue_text,
-    fill_masks,
+    better,
+    chat_format,
+    chats_of,
+    check_data,
+    context_of,
+    describe,
+    evaluate,
     load_data,
-    pad_id,
-    predict,
+    loss_on,
     prepare_rows,
-    prepare_text,  # fmt: skip
-    read_rows,
+    prepare_text,
     rows_of,
-    rows_to_score,
-    segments_of,
-    show,
 )
+from uses import RUN_FILES, check_free, compare, export, few_shot, merge, report, score, show_data, write_text
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
-SIZES = {  # layers, heads, width
-    "tiny": (2, 2, 64),
-    "mini": (2, 4, 128),
-    "small": (4, 4, 192),
-    "medium": (6, 6, 384),
-    "gpt2": (12, 12, 768),
-}
-MODELS = {"gpt": GPT, "rnn": RNN, "bert": BERT, "transformer": Transformer, "vae": VAE}
-KINDS = {"gpt2": "gpt"} | {name: name for name in MODELS if name != "gpt"}  # model_type in config.json -> --model
-EMBEDDINGS = {"gpt": "transformer.wte", "rnn": "embedding", "bert": "bert.embeddings.word_embeddings",
-              "transformer": "embedding"}  # fmt: skip
-HEADS = ("classifier", "qa_outputs")  # of a task: new on a pretrained body, so LoRA trains them in full
 RECIPES = {  # (model, task): what a setting left open becomes in training anew, and what of it adapting changes
     ("gpt", "lm"): (
         dict(data="stdlib-code", steps=330, batch_size=8, seq_len=256, lr=0.01, optimizer="muon", prompt="def"),
         dict(data="stdlib-prose", steps=200, prompt="Return"),
+    ),
+    ("gpt", "chat"): (
+        dict(data="stdlib-signatures", steps=330, batch_size=8, seq_len=256, lr=0.01, optimizer="muon"),
+        dict(steps=100),
+    ),
+    ("llama", "lm"): (
+        dict(data="stdlib-code", steps=330, batch_size=8, seq_len=256, lr=0.01, optimizer="muon", prompt="def"),
+        dict(data="stdlib-prose", steps=200, prompt="Return"),
+    ),
+    ("llama", "chat"): (
+        dict(data="stdlib-signatures", steps=330, batch_size=8, seq_len=256, lr=0.01, optimizer="muon"),
+        dict(steps=100),
     ),
     ("rnn", "lm"): (
         dict(data="stdlib-code", steps=250, batch_size=16, seq_len=128, lr=5e-3, optimizer="adamw", prompt="def"),
@@ -122,7 +133,16 @@ RECIPES = {  # (model, task): what a setting left open becomes in training anew,
         dict(data="digits", steps=2000, batch_size=64, lr=2e-3, optimizer="adamw"), dict(steps=500),
     ),
 }  # fmt: skip
-RATES = {"full": 1e-3, "freeze": 2e-3, "lora": 5e-3, "distill": 2e-3}  # learning rates of adapting, with AdamW
+RATES = {  # learning rates of adapting, with AdamW: of a small model trained here, and of one that others pretrained
+    "full": (1e-3, 1e-4),
+    "freeze": (2e-3, 5e-4),
+    "surgical": (1e-3, 2e-4),
+    "lora": (5e-3, 1e-3),
+    "adapter": (5e-3, 1e-3),
+    "prefix": (2e-2, 5e-3),
+    "prompt": (5e-2, 1e-2),
+    "distill": (2e-3, 5e-4),
+}
 
 
 @dataclasses.dataclass
@@ -130,7 +150,8 @@ class Settings:
     """Every setting of a run. None: taken from RECIPES, or found by itself."""
 
     model: str = setting(None, list(MODELS), "what to train; default: what the task or --base says, else gpt")
-    task: str = setting(None, list(TASKS), "what to learn; default lm (gpt, rnn), mlm (bert), seq2seq (transformer)")
+    task: str = setting(None, list(TASKS), "what to learn; default: what --data holds, or lm (gpt, llama, rnn), mlm "
+                    "(bert), seq2seq (transformer)")  # fmt: skip
     size: str = setting(
         None, list(SIZES), "layers, heads and width; default small, for most tasks mini: minutes on two cores"
     )
@@ -143,15 +164,25 @@ class Settings:
     reconstruction: str = setting("mse", ["mse", "bce"], "VAE: squared error, or cross-entropy, which blurs greys")
     beta: float = setting(1.0, (float, 0), "VAE: weight of the KL term; 1 makes the loss a bound on the likelihood")
     # adaptation
-    base: str = setting(None, str, "folder to adapt (default: the newest pretrained beside --out) or use (the newest)")
-    finetune: str = setting(None, ["full", "freeze", "lora", "distill"], "adapt --base instead of training anew")
+    base: str = setting(None, str, "what to adapt (default: the newest pretrained beside --out) or use (the newest): a "
+                    "run's or a Hugging Face folder, a .gguf, " + ", ".join(PACKAGED) + ", or a hub's OWNER/NAME"
+                    )  # fmt: skip
+    finetune: str = setting(None, ["full", "freeze", "surgical", *ADAPTERS, "distill", "all"], "adapt --base instead "
+                        "of training anew; all: each method but distill in turn, and a table")  # fmt: skip
     top: int = setting(1, (int, 1), "freeze: blocks that train, from the top, with what stands above them")
     rank: int = setting(8, (int, 1), "LoRA: rank of the update; 8 serves most tasks")
     alpha: float = setting(16.0, (float, 1e-9), "LoRA: the update counts alpha / rank; twice the rank is common")
     lora_dropout: float = setting(0.0, (float, 0, 1), "LoRA: dropout before A; an adapter this small seldom overfits")
     target: str = setting("all-linear", str, "LoRA: layers by name, suffix, list, expression; or all-linear")
+    lora_plus: float = setting(1.0, (float, 1), "LoRA: B learns so many times as fast as A (LoRA+, where it is 16)")
+    quantise: str = setting(None, ["nf4", "int8"], "LoRA: the frozen base in 4 bits (QLoRA) or 8")
     rslora: bool = setting(False, bool, "LoRA: scale by alpha / sqrt(rank), steadier at high ranks")
     dora: bool = setting(False, bool, "LoRA: learn direction and magnitude apart (DoRA)")
+    bottleneck: int = setting(32, (int, 1), "adapter: width between the two projections")
+    placement: str = setting("pfeiffer", ["pfeiffer", "houlsby"], "adapter: after the MLP, or after attention too")
+    virtual_tokens: int = setting(16, (int, 1), "prefix, prompt: virtual tokens before the text")
+    prefix_hidden: int = setting(256, (int, 0), "prefix: width of the MLP that makes it while training; 0: without")
+    budget: float = setting(0.25, (float, 1e-9, 1.0000001), "surgical: share of the parameters that may train")
     teacher: str = setting(None, str, "distill: folder of the teacher (default: the newest model of the task)")
     student_layers: int = setting(None, (int, 1), "distill: blocks of the student; default half of the teacher's")
     distill_temperature: float = setting(2.0, (float, 1e-3), "distill: softens both distributions (Hinton's T)")
@@ -167,6 +198,7 @@ class Settings:
     weight_decay: float = setting(0.1, (float, 0), "decay of matrices; norms, biases and embeddings have none")
     l1: float = setting(0.0, (float, 0), "weight of the sum of all matrices' absolute values; not in the loss shown")
     dropout: float = setting(None, (float, 0, 1), "default 0, or 0.1 for labelled tasks; adapting: as in the base")
+    train_on: str = setting("answers", ["answers", "all"], "chat: which tokens count; the questions are no goal")
     label_smoothing: float = setting(0.0, (float, 0, 1), "share of the target spread over all classes; 0.1 is common")
     adversarial: str = setting(None, ["fgm", "pgd", "freelb", "rdrop"], "perturbed embeddings, or dropout twice")
     epsilon: float = setting(0.1, (float, 0), "adversarial: norm of the change, as a share of a full row's embeddings")
@@ -190,6 +222,8 @@ class Settings:
     temperature: float = setting(0.6, (float, 0), "of samples; low suits a small model, 0 is greedy")
     top_p: float = setting(0.95, (float, 1e-9, 1.0000001), "of samples; the least likely tokens are seldom sensible")
     new_tokens: int = setting(120, (int, 1), "length of a sample")
+    shots: int = setting(0, (int, 0), "--eval of a language model on labelled rows: examples in the prompt")
+    tolerance: float = setting(1e-3, (float, 0), "--merge: largest change of a logit that is accepted")
     beam: int = setting(1, (int, 1), "seq2seq: hypotheses kept in decoding; 1 is greedy")
 
 
@@ -203,18 +237,27 @@ ACTIONS = {  # instead of training; at most one
     "--sample": dict(metavar="TEXT", help="print what --base makes of TEXT: a continuation, label, tags, translation, "
                      "[MASK] filled in, or the answer to a question that ends in '?' from what follows it"),
     "--chat": dict(action="store_true", help="write together with --base, line by line"),
-    "--eval": dict(action="store_true", help="score --base on --data; the scores replace those in its metrics.json"),
+    "--eval": dict(action="store_true", help="score --base on --data; the scores replace those in its metrics.json. A "
+                   "language model labels rows of --task classify by likelihood, after --shots examples"),
     "--merge": dict(action="store_true", help="write --base, an adapter, and its base as one model into --out"),
+    "--export": dict(choices=["hf", "gguf", "torch"], help="write --base for others: a Hugging Face folder, a GGUF for "
+                     "llama.cpp, a program of torch.export; LoRA is merged"),
+    "--show-data": dict(type=converter((int, 1)), metavar="N", help="print N rows as the model would read them, what "
+                        "is trained in colour"),
     "--dry-run": dict(action="store_true", help="build all, time a step, write nothing"),
 }  # fmt: skip
 
 
 def complete(s):
     """Fills what was left open, from the task, the recipe and the machine; refuses what does not go together."""
+    if s.teacher and s.finetune != "distill":
+        raise ValueError(f"--teacher {s.teacher}: wanted --finetune distill beside it")
     if s.teacher and s.base and Path(s.teacher).resolve() != Path(s.base).resolve():
         raise ValueError(f"--teacher {s.teacher} beside --base {s.base}: wanted one, which the student begins from too")
     if s.task is None and (s.base or s.teacher):
-        s.model, s.task = purpose_of(s.teacher or s.base, s.model)
+        s.model, s.task = purpose_of(s.teacher or s.base, s.model, "--teacher" if s.teacher else "--base")
+    if s.task is None and s.model in (None, *TASKS["chat"].models) and s.data:
+        s.task = "chat" if kind_of(s.data) not in (None, "text") else run_of(s.teacher or s.base).get("task")
     s.model = s.model or (TASKS[s.task].models[0] if s.task else "gpt")
     s.task = s.task or TASK_OF[s.model]
     if s.model not in TASKS[s.task].models:
@@ -225,8 +268,6 @@ def complete(s):
         asked = [flag(name) for name in ("adversarial", "label_smoothing", "augment") if getattr(s, name)]
         asked = asked[0] if asked else f"--finetune {s.finetune}"
         raise ValueError(f"{asked}: a VAE has no blocks, classes or tokens for it; wanted another --model")
-    if s.teacher and s.finetune != "distill":
-        raise ValueError(f"--teacher {s.teacher}: wanted --finetune distill beside it")
     if s.finetune == "distill":
         weights_of(s)
         s.base = s.teacher = s.teacher or s.base
@@ -245,11 +286,15 @@ def complete(s):
     anew, adapting = RECIPES[s.model, s.task]
     recipe = anew
     if s.finetune:
-        # A task is learnt as from scratch, but for LoRA; a model is adapted to other text by smaller steps.
-        gently = {"optimizer": "adamw", "lr": RATES[s.finetune]} if s.finetune == "lora" or s.task not in FIELDS else {}
-        if s.finetune == "freeze" and s.task in FIELDS:
-            gently = {"lr": 1e-2}  # the blocks below cannot be spoilt
+        # A task is learnt as from scratch, save by adapters and by one that others pretrained; other text
+        # is learnt by smaller steps.
+        foreign = bool(s.base) and not run_of(s.base)
+        gently = {"optimizer": "adamw", "lr": RATES[s.finetune][foreign]}
+        if s.task in FIELDS and s.finetune not in ADAPTERS and not foreign:
+            gently = {"lr": 1e-2} if s.finetune == "freeze" else {}  # the blocks below cannot be spoilt
         recipe = anew | gently | adapting
+        if foreign and s.model in ("gpt", "llama"):  # which are larger than what two cores pretrain
+            recipe |= {"steps": 100, "batch_size": 2}
         recipe = {name: value for name, value in recipe.items() if name not in ("dropout", "seq_len")}  # the base's
         if s.finetune == "distill":  # a student learns on what its teacher learnt on
             recipe |= {"data": anew["data"], "prompt": anew.get("prompt")}
@@ -284,276 +329,6 @@ def run_of(folder):
     """The settings of the run that made a folder, or {}."""
     path = Path(folder or "") / "args.json"
     return read_json(path)["settings"] if folder and path.exists() else {}
-
-
-def purpose_of(folder, model):
-    """(--model, --task) of a model's folder where they are not given; None where it does not say."""
-    path = Path(folder) / "config.json"
-    config = read_json(path) if path.exists() else {}
-    kind, task = model or KINDS.get(config.get("model_type")), None
-    if kind == "bert" and config.get("architectures"):
-        task = ARCHITECTURES.get(config["architectures"][0])
-    return kind, "mlm" if task == "pretrain" else task
-
-
-def check_data(s):
-    if s.data not in SOURCES and not s.data.startswith("hf:") and not Path(s.data).exists():
-        raise ValueError(f"--data {s.data}: no such file or folder")
-
-
-def weights_of(s):
-    """--distill-weights as keywords of distillation_loss"""
-    try:
-        soft, hard, cosine = (float(x) for x in s.distill_weights.split(","))
-        if not (min(soft, hard, cosine) >= 0 and 0 < soft + hard + cosine < math.inf):
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"--distill-weights {s.distill_weights}: wanted three numbers, such as 5,2,1") from None
-    return dict(soft=soft, hard=hard, cosine=cosine)
-
-
-# --- model and adaptation ---------------------------------------------------------------------------------------------
-
-
-def new_model(s, data):
-    layers, heads, width = SIZES[s.size]
-    if s.model == "vae":
-        channels, size = data.train.shape[1:3]
-        kind, hidden = ("conv", (width // 2, width)) if size >= 16 else ("mlp", (2 * width, width))
-        return VAE(VAEConfig(size, channels, s.latent, hidden, kind, s.reconstruction, beta=s.beta))
-    vocab_size, eos_id, dropout = data.tokenizer.vocab_size, data.tokenizer.eos_id, s.dropout or 0.0
-    if s.model == "gpt":
-        config = GPTConfig(vocab_size, s.seq_len, width, layers, heads, dropout=dropout, eos_token_id=eos_id)
-        return GPT(config, attention=attention)
-    if s.model == "rnn":  # a cell does the work of two blocks, one after the other: wider and fewer
-        return RNN(RNNConfig(vocab_size, 2 * width, max(1, layers // 2), s.cell, dropout, eos_token_id=eos_id))
-    if s.model == "bert":
-        task, labels = "pretrain" if s.task == "mlm" else s.task, data.labels if s.task in ("classify", "tag") else ()
-        what = dict(task=task, labels=labels, pad_token_id=pad_id(data.tokenizer), type_vocab_size=segments_of(None))
-        if s.task == "mlm":  # so that the two losses count as much as each other, as in the paper
-            what["next_weight"] = data.masked_per_pair
-        config = BERTConfig(vocab_size, width, layers, heads, 4 * width, s.seq_len, dropout=dropout, **what)
-        model = BERT(config, attention=attention)
-        if s.task in ("tag", "qa"):
-            place(model)
-        return model
-    config = TransformerConfig(vocab_size, width, heads, layers, layers, 4 * width, dropout, s.seq_len + 1, norm="pre",
-                               bos_token_id=eos_id, eos_token_id=eos_id)  # fmt: skip
-    return Transformer(config, attention=attention)
-
-
-def load_model(folder, what="--base", task=None, labels=None):
-    """-> (model, tokenizer or None) of a model's folder, or of an adapter's folder together with its base.
-
-    task, labels: for a BERT, whose head of another task gives way to a new one."""
-    folder = Path(folder)
-    if (folder / "adapter_config.json").exists():
-        named = Path(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "?")
-        base = named if named.is_dir() else folder.parent / named.name  # the second: both were moved together
-        run = read_json(folder / "args.json") if (folder / "args.json").exists() else {}
-        own = run.get("settings", {}).get("task")
-        model, tokenizer = load_model(base, f"the base of {folder},", own, run.get("labels"))
-        if run.get("base_sha256") not in (None, identity_of(base)):
-            raise ValueError(f"{what} {folder}: its base {base} has changed since the adapter was trained")
-        load_lora(model, folder)
-        return model, tokenizer
-    if not (folder / "config.json").exists():
-        why = "holds no config.json" if folder.is_dir() else "is no folder"
-        raise ValueError(f"{what} {folder}: {why}; wanted the output folder of a run, or a model in the same layout")
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind not in KINDS:
-        raise ValueError(f"{what} {folder}: model_type {kind!r} is not supported; wanted one of {', '.join(KINDS)}")
-    if kind == "vae":
-        return VAE.from_pretrained(folder), None
-    if kind == "rnn":
-        return RNN.from_pretrained(folder), Tokenizer.load(folder)
-    how = {"attention": attention}
-    if kind == "bert":
-        how |= dict(task="pretrain" if task == "mlm" else task, labels=labels)
-    return MODELS[KINDS[kind]].from_pretrained(folder, **how), Tokenizer.load(folder)
-
-
-def identity_of(folder):
-    """SHA-256 of a model's weights: by it an adapter knows its base again."""
-    path = Path(folder) / "model.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-
-
-def adapt(s, model):
-    """LoRA or freezing, in place."""
-    if s.finetune == "lora":
-        target = s.target.split(",") if "," in s.target and "{" not in s.target else s.target
-        try:
-            add_lora(model, s.rank, s.alpha, s.lora_dropout, target, rslora=s.rslora, dora=s.dora)
-        except ValueError as error:
-            raise ValueError(f"--rank {s.rank} --target {s.target}: {error}") from None
-        for name in HEADS:
-            if hasattr(model, name):
-                getattr(model, name).requires_grad_(True)
-        lora_parameters(model)  # refuses what could not be saved: a head that is adapted and trains in full as well
-    if s.finetune == "freeze":
-        # What stands above the blocks trains too, but no embedding: nor a head tied to it, which would move the input.
-        stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-        below = {p for stack in stacks for block in stack[: -s.top] for p in block.parameters()}
-        below |= {p for name, p in model.named_parameters() if "embed" in name}
-        below |= {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        for p in model.parameters():
-            p.requires_grad_(p not in below)
-
-
-@torch.no_grad()
-def place(model):
-    """Lets a new BERT tell places apart: positions begin as the sinusoids of Vaswani et al. (1706.03762, section 3.5),
-    for which "the token before" is one rotation; they and the segments are four times as large as words.
-
-    With it two blocks find the answer to a question within 300 steps; without it they only know what answers look like.
-    A text's class is a matter of words, and is learnt more slowly so."""
-    table = model.bert.embeddings.position_embeddings.weight  # (P, C)
-    table.copy_(0.08 * 2**0.5 * sinusoidal_positions(torch.arange(len(table)), table.size(1)))
-    model.bert.embeddings.token_type_embeddings.weight *= 4
-
-
-@torch.no_grad()
-def renew(model):
-    """Makes a pretrained BERT as quick to learn a task as a new one; what its encoder computes stays the same.
-
-    The LayerNorm after the embeddings takes away their scale, so they may be as small as new ones, for which a step is
-    long. The pooler, which has learnt of next sentences, begins anew (Zhang et al. 2020, 2006.05987)."""
-    embeddings = [m.weight for m in model.bert.embeddings.children() if isinstance(m, nn.Embedding)]
-    scale = 0.02 / embeddings[0].std()
-    for weight in embeddings:
-        weight *= scale
-    if hasattr(model.bert, "pooler"):
-        nn.init.normal_(model.bert.pooler.dense.weight, std=0.02)
-        nn.init.zeros_(model.bert.pooler.dense.bias)
-
-
-def student_of(s, teacher):
-    """A model like the teacher with fewer blocks, which are some of the teacher's."""
-    names = ("n_layer", "num_hidden_layers", "n_encoder", "n_decoder")
-    depth = {name: getattr(teacher.config, name) for name in names if hasattr(teacher.config, name)}
-    if s.student_layers and s.student_layers > min(depth.values()):
-        raise ValueError(f"--student-layers {s.student_layers}: wanted at most the teacher's {min(depth.values())}")
-    config = dataclasses.replace(teacher.config, **{k: s.student_layers or max(1, n // 2) for k, n in depth.items()})
-    student = type(teacher)(config, **({} if s.model == "rnn" else {"attention": attention}))
-    taken = skip_layers(teacher, student)
-    print("student: blocks " + "; ".join(f"{', '.join(map(str, blocks))} of {name}" for name, blocks in taken.items()))
-    return student
-
-
-def save_model(s, model, folder):
-    if s.finetune != "lora":
-        return model.save_pretrained(folder)
-    model.name_or_path = s.base  # goes into adapter_config.json
-    save_lora(model, folder)
-
-
-def optimizer_of(s, model):
-    if s.optimizer == "muon":
-        heads = ("lm_head", *HEADS, "seq_relationship")
-        return Muon(muon_groups(model, s.weight_decay, heads), lr=s.lr)
-    groups = decay_groups(model, s.weight_decay)
-    return AdamW(groups, lr=s.lr, betas=(0.9, 0.95)) if s.optimizer == "adamw" else SGD(groups, lr=s.lr, momentum=0.9)
-
-
-def objective(s, model, teacher, data):
-    """What training minimises: a callable like model.loss."""
-    smoothing = {"label_smoothing": s.label_smoothing} if s.label_smoothing else {}
-    if teacher is not None:
-        teacher.to(s.device).eval().requires_grad_(False)
-        how = dict(temperature=s.distill_temperature, **weights_of(s), **smoothing)
-        # The cosine is summed over hidden states, of which there are more than targets: in the paper's balance of
-        # means it weighs n / M of that. The first batch's n / M serves for all, as a ratio of each batch's own would
-        # make the gradient depend on how a batch is split.
-        _, targets, hidden = loss_on(s, torch.no_grad()(teacher.outputs), data.batch(0))
-        how["cosine"] *= float((targets != -100).sum()) / max(len(hidden), 1)
-
-        def loss(**batch):
-            with torch.no_grad():
-                known = teacher.outputs(**batch)
-            total, n = distillation_loss(model.outputs(**batch), known, **how)
-            if "next" in batch:  # of next sentences the outputs say nothing: learnt from the labels, as in pretraining
-                total = total + model.config.next_weight * next_loss(model, **batch)
-            return total, n
-
-        return loss
-    if s.adversarial == "rdrop":
-        return lambda **batch: adversarial.r_drop(lambda: model.outputs(**batch), **smoothing)
-    return functools.partial(model.loss, **smoothing)
-
-
-def next_loss(model, ids, segments, mask, labels, next):
-    """The summed loss of next sentences, where something of a pair is masked, as in BERT.loss."""
-    targets = next.masked_fill((labels == -100).all(1), -100)  # (B,)
-    return torch.nn.functional.cross_entropy(model.next_logits(ids, segments, mask).float(), targets, reduction="sum")
-
-
-def attack_of(s, model):
-    """backward -> (loss_sum, n): how --adversarial runs a microbatch, by default once."""
-    attack = {"fgm": adversarial.fgm, "pgd": adversarial.pgd, "freelb": adversarial.free_lb}.get(s.adversarial)
-    if attack is None:
-        return lambda backward: backward(1.0)
-    tied = getattr(model.config, "tied", True)
-    name = EMBEDDINGS[s.model] if tied else "source_embedding"
-    words = model.get_submodule(name)
-
-    def perturbed(backward):
-        row = float(words.weight.detach().norm(dim=1).mean()) * math.sqrt(s.seq_len)  # norm of a row's embeddings
-        return attack(backward, words, epsilon=s.epsilon * row)
-
-    return perturbed
-
-
-def count(model):
-    """(all parameters, those that train)"""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
-
-
-# --- evaluation -------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(s, model, data):
-    """-> {"val_loss": nats per token, label or image} and the task's scores, on the same rows at every call."""
-    training, total, terms = model.training, 0.0, 0
-    model.eval()
-    with torch.random.fork_rng():  # a VAE draws latents here: the same ones each time, and none of training's
-        torch.manual_seed(s.seed)
-        for batch in data.validation():
-            loss_sum, n = loss_on(s, model.loss, batch)
-            total, terms = total + float(loss_sum), terms + int(n)
-        scores = {"val_loss": total / max(terms, 1)} | data.scores(model, total)
-    model.train(training)
-    return scores
-
-
-def loss_on(s, loss, batch):
-    with torch.autocast(s.device.split(":")[0], getattr(torch, s.dtype), enabled=s.dtype != "float32"):
-        return loss(**{name: tensor.to(s.device) for name, tensor in batch.items()})
-
-
-def better(s, scores, best):
-    name = "entity_f1" if "entity_f1" in scores else TASKS[s.task].best
-    if best is None:
-        return True
-    sign = 1 if name.endswith("loss") else -1
-    a, b = ((sign * x[name], x["val_loss"]) for x in (scores, best))
-    return a < b  # of equal scores, which are common on few rows, the loss decides
-
-
-def describe(scores):
-    words = {
-        "val_loss": "validation loss",
-        "f1": "F1",
-        "macro_f1": "macro F1",
-        "entity_f1": "entity F1",
-        "chrf": "chrF",
-    }
-    told = [(words.get(name, name.replace("_", " ")), value) for name, value in scores.items() if name != "sample"]
-    return ", ".join(
-        f"{value:.4f} {name}" if name == "bits per byte" else f"{name} {value:.4f}" for name, value in told
-    )
 
 
 def peak_memory_mb(s):
@@ -620,7 +395,7 @@ def fit(s, model, data, teacher, folder, resume, record):
             step, begun = progress["step"], time.perf_counter()
             lr = s.lr * cosine_schedule(step, s.steps, s.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)  # LoRA+ has groups that learn faster
             total, terms = 0.0, 0
             for index in range(step * s.grad_accum, (step + 1) * s.grad_accum):
                 loss_sum, n = attack(functools.partial(backward, data.batch(index)))
@@ -710,10 +485,6 @@ def sample(s, model, data, folder, title):
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
-RUN_FILES = ["args.json", "metrics.jsonl", "state", "config.json", "model.safetensors", "tokenizer.json", "loss.png",
-             "metrics.json", "samples.txt", "adapter_config.json", "adapter_model.safetensors", "reconstructions.png",
-             "samples.png", "walk.png"]  # fmt: skip
-
 
 def folder_of(s):
     """The name of a run's folder under out/: its model, or its task if the model does not imply that."""
@@ -726,8 +497,8 @@ def finished(s, status="finished"):
     task, methods = s.task, (None,)
     if s.finetune == "distill" and task in FIELDS:
         methods = (None, "full", "freeze", "lora")
-    elif s.model == "bert" and task in FIELDS:
-        task = "mlm"
+    elif task == "chat" or (s.model == "bert" and task in FIELDS):
+        task = TASK_OF[s.model]
 
     def wanted(run):
         of = run["settings"]
@@ -742,6 +513,8 @@ def find_base(s):
     if base is None:
         same = "model size tokenizer vocab_size cell latent reconstruction beta seed device dtype threads".split()
         new = Settings(**{name: getattr(s, name) for name in same}, task="mlm" if s.model == "bert" else s.task)
+        if s.task == "chat":
+            new.task = "lm"
         if s.finetune == "distill" and s.task in FIELDS and s.model == "bert":
             new.task, new.finetune, new.data = s.task, "full", s.data
         elif new.task in FIELDS:
@@ -774,23 +547,11 @@ class Blank:
         return 0
 
 
-def check_free(s, out):
-    """Refuses an output folder that holds something which the run would replace."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file; wanted a folder")
-    there = [name for name in RUN_FILES if (out / name).exists()]
-    status = read_json(out / "args.json").get("status") if "args.json" in there else None
-    if there and not s.overwrite and status != "begun":  # begun: was killed before its first checkpoint
-        go_on = f"an unfinished run (--resume {out} goes on with it)"
-        what = go_on if status == "unfinished" else "a finished run" if status else f"a result ({there[0]})"
-        raise ValueError(f"--out {out}: holds {what}; wanted --overwrite to replace it, or another --out")
-
-
 def set_up(s, folder, resume=False):
     """-> (model, data, teacher or None). A new run prepares its data in `folder`; a resumed one finds it there."""
     known = tokenizer = teacher = None
     if s.finetune:
-        if s.finetune != "distill" and (Path(s.base) / "adapter_config.json").exists():
+        if s.finetune != "distill" and (locate(s.base) / "adapter_config.json").exists():
             raise ValueError(f"--base {s.base}: is an adapter; to build on it: python train.py --merge --base {s.base}")
         known, tokenizer = load_model(s.base)
         if type(known) is not MODELS[s.model]:
@@ -799,15 +560,21 @@ def set_up(s, folder, resume=False):
     (folder / "state").mkdir(parents=True, exist_ok=True)
     if s.task != "images":
         context = context_of(known) if known else None
+        # A prefix takes places where they are counted from the text's start, not in an encoder-decoder.
+        takes = s.finetune == "prompt" or (s.finetune == "prefix" and hasattr(known, "position_offset"))
+        context = context - s.virtual_tokens if context and takes else context
         s.seq_len = s.seq_len or min(RECIPES[s.model, s.task][0]["seq_len"], context or 10**9)
         if context and s.seq_len > context:
-            raise ValueError(f"--seq-len {s.seq_len}: longer than the context of {s.base}, {context} tokens")
+            less = f" less {s.virtual_tokens} of the {s.finetune}" if takes else ""
+            raise ValueError(f"--seq-len {s.seq_len}: longer than the context of {s.base}{less}, {context} tokens")
         if resume:
-            tokenizer = Tokenizer.load(folder)
+            tokenizer = load_tokenizer(folder)
         else:
-            prepare = prepare_rows if s.task in FIELDS else prepare_text
+            prepare = prepare_rows if s.task in (*FIELDS, "chat") else prepare_text
             tokenizer = prepare(s, folder / "state", tokenizer)
-        tokenizer.save(folder)
+        if s.task == "chat" and not tokenizer.chat_template:
+            tokenizer.chat_template = chat_format(tokenizer).template
+        save_tokenizer(tokenizer, folder)
     data = load_data(s, folder / "state", tokenizer, known)
     torch.manual_seed(s.seed)
     if s.finetune == "distill":
@@ -819,7 +586,7 @@ def set_up(s, folder, resume=False):
         model = student_of(s, teacher)
     elif known and s.model == "bert":
         model, _ = load_model(s.base, task=s.task, labels=getattr(data, "labels", None))
-        if s.finetune == "full" and s.task in FIELDS:
+        if s.finetune == "full" and s.task in FIELDS and run_of(s.base):
             renew(model)
     else:
         model = known or new_model(s, data)
@@ -827,20 +594,13 @@ def set_up(s, folder, resume=False):
         model.config.dropout = s.dropout
     if s.adversarial == "rdrop" and not model.config.dropout:
         raise ValueError("--adversarial rdrop: compares two passes of different dropout; wanted --dropout above 0")
-    adapt(s, model)
+    adapt(s, model, data)
     model.to(s.device)
     every, trained = count(model)
     why = fused.why_not(*[torch.empty(1, 1, 1, 8, device=s.device, dtype=getattr(torch, s.dtype))] * 3)
     how = f"; attention: {f'plain PyTorch ({why})' if why else 'fused'}" if s.model not in ("vae", "rnn") else ""
     print(f"model: {every:,} parameters, {trained:,} trained ({trained / every:.1%}); {s.device}, {s.dtype}{how}")
     return model, data, teacher
-
-
-def context_of(model):
-    """The most tokens that a model can read, or None where there is no limit."""
-    config = model.config
-    context = getattr(config, "n_positions", getattr(config, "max_position_embeddings", None))
-    return config.max_len - 1 if hasattr(config, "max_len") else context  # a target has one token more
 
 
 def run(s, resume=False):
@@ -851,29 +611,31 @@ def run(s, resume=False):
     if not resume:
         check_free(s, out)
         if s.finetune:
-            if s.task in FIELDS and not s.base:
-                rows_of(s)  # what is wrong with them is better known before the base is trained
+            if s.task in (*FIELDS, "chat") and not s.base:
+                # What is wrong with them is better known before the base is trained.
+                (chats_of if s.task == "chat" else rows_of)(s)
             s.base = s.base or find_base(s)
             if out.resolve() == Path(s.base).resolve():
                 raise ValueError(f"--out {out}: is --base too; wanted another folder")
     identity = identity_of(s.base) if s.finetune else None
-    labels = ()
+    labels, trained = (), None
 
     def record(status, progress, folder=out):
-        note = dict(status=status, **progress, base_sha256=identity, labels=labels, torch=torch.__version__)
+        note = dict(status=status, **progress, base_sha256=identity, labels=labels, trained=trained)
+        note["torch"] = torch.__version__
         write_json(folder / "args.json", dict(settings=dataclasses.asdict(s), **note))
 
     if resume:
         if read_json(out / "args.json").get("base_sha256") != identity:
             raise ValueError(f"--resume {out}: {s.base}/model.safetensors is no longer what the run began with")
         model, data, teacher = set_up(s, out, resume=True)
-        labels = getattr(data, "labels", ())
+        labels, trained = getattr(data, "labels", ()), count(model)[1]
     else:  # set up beside --out, in the nearest folder that exists: what is there stays until that has worked
         place = next(parent for parent in out.absolute().parents if parent.is_dir())
         beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
         try:
             model, data, teacher = set_up(s, beside)
-            labels = getattr(data, "labels", ())
+            labels, trained = getattr(data, "labels", ()), count(model)[1]
             record("begun", {"step": 0}, beside)
             out.mkdir(parents=True, exist_ok=True)
             runs.clear(out, RUN_FILES)
@@ -903,11 +665,15 @@ def run(s, resume=False):
     return out
 
 
-def report(s, folder, scores, data):
-    """Writes metrics.json, the scores of the model beside the baselines', which it returns."""
-    others = data.baselines()
-    write_json(folder / "metrics.json", {"task": s.task, "data": s.data, **scores, "baselines": others})
-    return others
+def run_all(s, given):
+    """--finetune all"""
+    first = complete(dataclasses.replace(s, finetune="full"))
+    s.base, s.out = s.base or find_base(first), s.out or f"{first.out.removesuffix('-full')}-all"
+    if not s.seq_len and s.model != "vae":  # the same for all, so also less by what a prefix or a prompt takes
+        context = context_of(load_model(s.base)[0]) or 10**9
+        s.seq_len = min(RECIPES[first.model, first.task][0]["seq_len"], context - s.virtual_tokens)
+        given = [*given, "seq_len"]
+    return compare(s, given, s.base)
 
 
 def resume_run(name, changed, given):
@@ -938,104 +704,24 @@ def resume_run(name, changed, given):
 
 def load_for(action, s):
     """-> (folder, model, tokenizer) of --base or the newest finished run; settings are completed to fit it."""
-    folder = Path(s.base) if s.base else newest("out", lambda run: run["status"] == "finished")
+    folder = locate(s.base) if s.base else newest("out", lambda run: run["status"] == "finished")
     if folder is None:
         raise ValueError(f"{action}: no finished run under out/; wanted --base")
     model, tokenizer = load_model(folder)
     s.model = next(name for name, kind in MODELS.items() if type(model) is kind)
-    own = getattr(model.config, "task", None)  # a BERT's
-    s.task = ("mlm" if own == "pretrain" else own) or TASK_OF[s.model]
-    of_run = run_of(folder)
+    own, of_run, asked = getattr(model.config, "task", None), run_of(folder), s.task  # the first is a BERT's
+    s.task = ("mlm" if own == "pretrain" else own) or of_run.get("task") or TASK_OF[s.model]
+    if asked == "chat" and s.model in TASKS["chat"].models:
+        s.task = "chat"
+    elif s.task in ("lm", "chat") and s.data:
+        s.task = "lm" if kind_of(s.data) in (None, "text") else "chat"
     s.data, s.seq_len = s.data or of_run.get("data"), s.seq_len or of_run.get("seq_len")
     context = context_of(model) if s.model != "vae" else None
     if s.seq_len and context and s.seq_len > context:
         raise ValueError(f"--seq-len {s.seq_len}: the context of {folder} is {context} tokens")
-    s.seq_len = s.seq_len or context
+    s.seq_len = s.seq_len or (context and min(context, 512))
     s.finetune = s.base = None  # nothing of them matters from here on
     return folder, model.to(complete(s).device).eval(), tokenizer
-
-
-def write_text(action, s, prompt):
-    """--sample and --chat"""
-    folder, model, tokenizer = load_for(action, s)
-    if s.task == "images":
-        raise ValueError(f"{action}: {folder} is a VAE, which writes no text; its pictures are in its folder")
-    if s.task != "lm":
-        if action == "--chat":
-            raise ValueError(f"--chat: {folder} was trained for {s.task}; wanted --sample, or a language model")
-        if s.task == "mlm":
-            return print(fill_masks(s, model, tokenizer, prompt))
-        row = {FIELDS[s.task][0]: prompt}
-        if s.task == "tag":
-            row = {"tokens": re.findall(r"\w+|[^\w\s]", prompt)}
-        if s.task == "qa":
-            question, mark, context = prompt.partition("?")
-            if not (mark and context.strip()):
-                raise ValueError(f"--sample {prompt!r:.60}: wanted a question that ends in '?' and, after it, a text")
-            row = {"question": question + mark, "context": context.strip()}
-        return print(show(s.task, row, *predict(s, model, tokenizer, [row])))
-    if action == "--chat":
-        print(f"{folder} goes on with what you write; an empty line ends")
-    text = prompt if action == "--sample" else ""
-    while True:
-        if action == "--chat":
-            try:
-                line = input("> ")
-            except EOFError:
-                line = ""
-            if not line:
-                return
-            text += line + "\n"
-        else:
-            print(text, end="")
-        for piece in continue_text(s, model, tokenizer, text):
-            print(piece, end="", flush=True)
-            text += piece
-        print()
-        if action == "--sample":
-            return
-        text += "\n" * (not text.endswith("\n"))
-
-
-def score(action, s, given):
-    """--eval and --merge, on --data if it is given, else on what the run itself kept for validation"""
-    folder, model, tokenizer = load_for(action, s)
-    out = Path(s.out if "out" in given else f"{folder}-merged")
-    if "data" in given or s.task == "images":
-        check_data(s)
-    if action == "--merge":
-        if not (folder / "adapter_config.json").exists():
-            raise ValueError(f"--merge: {folder} is no adapter; wanted --base to name the folder of a LoRA run")
-        check_free(s, out)
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or folder
-        if out.resolve() in (folder.resolve(), Path(base).resolve()):
-            raise ValueError(f"--out {out}: is the adapter or its base; wanted another folder")
-    with tempfile.TemporaryDirectory() as temporary:
-        own, kept = folder / "state", "val.jsonl" if s.task in FIELDS else "val.npy"
-        other = "data" in given or not (own / kept).exists()
-        if s.task in FIELDS:
-            labels = getattr(model.config, "labels", ())
-            rows = rows_to_score(s, labels) if other else read_rows(own / kept)
-            data = Labelled(s, tokenizer, read_rows(own / "train.jsonl"), rows, labels, segments_of(model))
-        else:
-            if tokenizer and other:
-                own = Path(temporary)
-                prepare_text(s, own, tokenizer)
-            data = load_data(s, own, tokenizer)
-        scores = evaluate(s, model, data)
-        print(f"{folder}: {describe(scores)}")
-        if action == "--eval":
-            for name, others in report(s, folder, scores, data).items():
-                print(f"baseline, {name}: {describe(others)}")
-        else:
-            change = merge_lora(model)
-            print(f"merged: {describe(evaluate(s, model, data))}; the largest change of a weight is {change:.3g}")
-            out.mkdir(parents=True, exist_ok=True)
-            model.save_pretrained(out)
-            if tokenizer:
-                tokenizer.save(out)
-            runs.clear(out, RUN_FILES, but=("model.safetensors", "config.json", "tokenizer.json"))
-            print(f"next: python train.py --base {out} {'--chat' if s.task == 'lm' else '--eval'}")
 
 
 def dry_run(s):
@@ -1060,12 +746,29 @@ def dry_run(s):
 def main(argv=None):
     s, given, (action, value) = parse(Settings, argv, ACTIONS, "train.py", __doc__.split("In order:")[0])
     try:
-        if action in ("--sample", "--chat"):
-            return write_text(action, s, value)
-        if action in ("--eval", "--merge"):
-            return score(action, s, given)
+        if action in ("--sample", "--chat", "--eval", "--merge", "--export"):
+            labelled = s.task == "classify" or "shots" in given
+            use = load_for(action, s)
+            if action == "--export":
+                return export(s, *use, value, s.out if "out" in given else None)
+            if action == "--eval" and labelled and s.model in TASKS["chat"].models:
+                return few_shot(s, *use, s.data if "data" in given else None)
+            if action in ("--sample", "--chat"):
+                return write_text(action, s, *use, value)
+            other = "data" in given
+            return (
+                score(s, *use, other)
+                if action == "--eval"
+                else merge(s, *use, other, s.out if "out" in given else None)
+            )
         if action == "--dry-run":
             return dry_run(complete(s))
+        if action == "--show-data":
+            with tempfile.TemporaryDirectory() as temporary:
+                _, data, _ = set_up(complete(s), Path(temporary))
+                return show_data(data, value, data.tokenizer)
+        if s.finetune == "all" and not action:
+            return run_all(s, given)
         out = resume_run(value, s, given) if action == "--resume" else run(complete(s))
     except (ValueError, OSError, ImportError, FloatingPointError, SafetensorError) as error:
         if os.environ.get("MINIMAL_TRACEBACK"):
@@ -1088,10 +791,17 @@ def what_next(s, out):
     beside = f" --base {out}" if out.parent != Path("out") else ""
     if s.task == "images":
         return print(f"next: look at the pictures in {out}, then: python train.py --model vae --latent 2 --out {out}-2")
-    asked = {"classify": "Open a file.", "tag": "x = 'a for b'", "seq2seq": "Open a file."}.get(s.task, s.prompt)
+    asked = {
+        "chat": "How do I open a file?",
+        "classify": "Open a file.",
+        "tag": "x = 'a for b'",
+        "seq2seq": "Open a file.",
+    }.get(s.task, s.prompt)
     asked = "Who wrote it? It was written by Ada." if s.task == "qa" else asked
     print(f"next: python train.py --base {out} --sample {json.dumps(asked)}")
-    if s.finetune == "lora":
+    if s.task == "chat":
+        print(f"      python train.py --base {out} --chat")
+    elif s.finetune == "lora":
         print(f"      python train.py --base {out} --merge")
     elif s.task == "mlm":
         print(f"      python train.py --task classify --finetune full{beside}")

@@ -12,12 +12,13 @@ Le 2014 (1409.3215):
     seq2seq   source <eos>  and  <eos> target <eos> a decoder that is trained to begin and to stop
 
 Departures: a context that does not fit is read in windows that overlap by half, and the window whose span gains most
-over its [CLS] answers (the paper's code takes the largest sum, which is not comparable between windows); tokens that
-do not fit go on in another feature of the same row; a longer text, source or target loses its end, as does a question
+over its [CLS] answers (the paper's code takes the largest sum, which is not comparable between windows); tokens that do
+not fit go on in another feature of the same row; a longer text, source or target loses its end, as does a question
 beyond a third of the length. An answer of at most half a window is whole in one of them; a window without the whole
-answer has none. The threshold of "no answer" is 0. Character offsets need no support from the tokenizer, as byte-level
-pieces spell the text without loss. Segment 2 is the exact match of Chen, Fisch, Weston, Bordes, "Reading Wikipedia",
-2017 (1704.00051, 3.2), for a model that has such a segment: to find a word again is learnt late, and from much text.
+answer has none. The threshold of "no answer" is 0. Character offsets need no support from the tokenizer: byte-level
+pieces spell the text without loss, and others, such as WordPiece, are placed by whole words. Segment 2 is the exact
+match of Chen, Fisch, Weston, Bordes, "Reading Wikipedia", 2017 (1704.00051, 3.2), for a model that has such a segment:
+to find a word again is learnt late, and from much text.
 
     features = encode("classify", rows, tokenizer, length=128, labels=("bad", "good"))
     batch = collate("classify", [features[i] for i in epoch_batches(lengths, 32, seed=0, epoch=0)[0]])
@@ -90,16 +91,25 @@ def encode(task: str, rows: Sequence[dict], tokenizer, length: int, labels: Sequ
     return features
 
 
-def _windows(index, row, tokenizer, length, cls, sep, mark):
-    """The features of a question: its context in one window, or in several that overlap by half."""
-    context = row["context"]
-    question, ids = tokenizer.encode(row["question"])[: length // 3], tokenizer.encode(context)
+def _place(context, tokenizer):
+    """-> (ids of the context, the characters [start, end) that each touches)"""
+    ids = tokenizer.encode(context)
+    if tokenizer.decode_bytes(ids) != context.encode():  # WordPiece, which cuts at spaces and punctuation: word by word
+        parts = [(m.start(), m.end(), tokenizer.encode(m[0])) for m in re.finditer(r"\w+|[^\w\s]", context)]
+        return [i for *_, ids in parts for i in ids], [(a, b) for a, b, ids in parts for _ in ids]
     at_byte = [i for i, c in enumerate(context) for _ in c.encode()] + [len(context)]  # byte -> character
     offsets, here = [], 0
     for i in ids:
         there = here + len(tokenizer.decode_bytes([i]))
-        offsets.append((at_byte[here], at_byte[there - 1] + 1))  # characters [start, end) that the token touches
+        offsets.append((at_byte[here], at_byte[there - 1] + 1))
         here = there
+    return ids, offsets
+
+
+def _windows(index, row, tokenizer, length, cls, sep, mark):
+    """The features of a question: its context in one window, or in several that overlap by half."""
+    context = row["context"]
+    question, (ids, offsets) = tokenizer.encode(row["question"])[: length // 3], _place(context, tokenizer)
     asked = set(re.findall(r"\w+", row["question"].lower())) if mark else ()
     same = [i for m in re.finditer(r"\w+", context) if m[0].lower() in asked for i in range(m.start(), m.end())]
     same, head = set(same), [cls, *question, sep]
@@ -145,6 +155,13 @@ def collate(task: str, features: Sequence[dict], pad_id: int = 0) -> dict[str, T
             values = [f[name] for f in features]
             batch[name] = _pad(values, -100) if task == "tag" else torch.tensor(values)
     return batch
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Sentence embeddings of unit length, (B, C): the mean of hidden (B, T, C) where mask (B, T) is True (Reimers &
+    Gurevych, "Sentence-BERT", 2019, 1908.10084, section 3); their products are cosines."""
+    summed = (hidden * mask[..., None].to(hidden.dtype)).sum(1)  # (B, C); the length of the mean falls out
+    return torch.nn.functional.normalize(summed, dim=1)
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

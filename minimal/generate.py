@@ -147,14 +147,15 @@ def stream_text(model, tokenizer, prompt, max_new_tokens, *, stop=(), **settings
 
     tokenizer: encode(text) -> ids, decode(ids) -> text, eos_id (where the text ends, unless the settings say another).
     stop: a string or several. The text ends before whichever is completed first, even across tokens; none of it is
-    given out. The part of a character that was not completed is dropped. An empty prompt starts from eos_id.
+    given out. The part of a character that was not completed is dropped. An empty prompt starts from eos_id; a prompt
+    may also be a list of ids.
     Settings as in `stream`. Raises ValueError for an empty stop string.
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop:
         raise ValueError(f"stop = {stop!r}: wanted no empty string")
     eos_id = settings.setdefault("eos_id", getattr(tokenizer, "eos_id", None))
-    ids = list(tokenizer.encode(prompt)) or [eos_id]
+    ids = list(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) or [eos_id]
     if ids == [None]:
         raise ValueError("prompt = '': wanted some text, as the tokenizer has no eos_id to begin from")
     place = next(model.parameters(), torch.empty(0)).device if isinstance(model, torch.nn.Module) else None

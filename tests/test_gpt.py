@@ -651,7 +651,8 @@ def test_attention_gets_views_and_what_it_needs():
     model = perturb(GPT(GPTConfig(**SIZES, dropout=0.25), spy))
     model(tokens(2, 10))
     for q, k, v, settings in calls:
-        assert q.shape == k.shape == v.shape == (2, 4, 10, 8) and settings == {"causal": True, "mask": None, "dropout": 0.0}
+        assert q.shape == k.shape == v.shape == (2, 4, 10, 8)
+        assert settings == {"causal": True, "mask": None, "dropout": 0.0}
         starts = {t.untyped_storage().data_ptr() for t in (q, k, v)}
         assert len(starts) == 1 and q.stride() == k.stride() == v.stride() == (960, 8, 96, 1), "a needless copy"
     calls.clear()
@@ -723,7 +724,7 @@ def test_input_errors():
         assert "\n" not in str(caught.value)
 
 
-# --- documents in one row, and places before the text ------------------------------------------------------------------
+# --- documents in one row, and places before the text -----------------------------------------------------------------
 
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(0, 9))

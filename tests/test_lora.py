@@ -25,12 +25,14 @@ from minimal import lora
 from minimal.lora import (
     add_lora,
     load_lora,
+    lora_groups,
     lora_parameters,
     merge_lora,
     remove_lora,
     save_lora,
     unmerge_lora,
 )
+from minimal.quant import dequantise, memory, quantise
 
 KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "both": {"rslora": True, "dora": True}}
 PEFT_KINDS = {n: {f"use_{k}": v for k, v in kind.items()} for n, kind in KINDS.items()}
@@ -309,7 +311,7 @@ def test_dropout_is_drawn_for_each_element_and_in_training_only():
     stir(model)
     assert tokens_differ(model.train())
     wide = x.repeat(100, 1, 1)
-    mean = (model(wide) - model[0].lora.V(model[0].weight).mv(x[0, 0]) - model[0].bias).mean((0, 1))
+    mean = (model(wide) - model[0].lora.V(model[0].weight)[0].mv(x[0, 0]) - model[0].bias).mean((0, 1))
     assert mean.abs().max() < 0.02  # what survives is scaled up
     assert not tokens_differ(model.eval())
     original = lora.LoRA.forward
@@ -395,7 +397,7 @@ def test_gradients_follow_from_the_dense_gradient(case):
     W = dense(layer).detach().requires_grad_()
     seed = torch.randn(*x.shape[:-1], W.shape[0], dtype=torch.float64)
     (dW,) = torch.autograd.grad((F.linear(x, W, layer.bias) * seed).sum(), W)
-    V = adapter.V(layer.weight.T if isinstance(layer, Conv1D) else layer.weight).detach()
+    V = adapter.V(layer.weight.T if isinstance(layer, Conv1D) else layer.weight)[0].detach()
     norm = V.pow(2).sum(1).sqrt()
     g = adapter.m.detach() / norm if "dora" in kind else torch.ones_like(norm)
     dV = g[:, None] * dW
@@ -491,7 +493,7 @@ def test_merging_twice_is_an_error_and_would_be_seen():
     def right(model):
         return torch.allclose(model(x), adapted, atol=1e-5)
 
-    V = {n: layer.lora.V(layer.weight) - layer.weight for n, layer in lora._adapted(model).items()}
+    V = {n: layer.lora.V(layer.weight)[0] - layer.weight for n, layer in lora._adapted(model).items()}
     assert V["0"].abs().max() > 2 * V["2"].abs().max()
     assert merge_lora(model) == pytest.approx(V["0"].abs().max().item(), rel=1e-5)
     assert right(model)
@@ -519,7 +521,7 @@ def test_unmerging_by_subtraction_would_not_restore_the_bits():
     before = bits(model.state_dict())
     add_lora(model, rank=2)
     stir(model)
-    deltas = {n: layer.lora.V(layer.weight) - layer.weight for n, layer in lora._adapted(model).items()}
+    deltas = {n: layer.lora.V(layer.weight)[0] - layer.weight for n, layer in lora._adapted(model).items()}
     merge_lora(model)
     subtracted = {n: model.state_dict()[n] - deltas.get(n.removesuffix(".weight"), 0) for n in before}
     assert not same_bits(bits({n: t.detach() for n, t in subtracted.items()}), before)
@@ -1317,8 +1319,171 @@ def test_an_interrupted_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     load_lora(gpt2(), tmp_path)
 
 
+# ---- LoRA+ ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_groups_are_those_of_peft(make, kind, tmp_path):
+    """Which parameters are in which group, at what rate and decay."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    model = MODELS[make]()
+    add_lora(model, rank=3, alpha=7, **KINDS[kind])
+    save_lora(stir(model), tmp_path)
+    oracle = peft.PeftModel.from_pretrained(MODELS[make](), tmp_path, is_trainable=True)
+    theirs = create_loraplus_optimizer(oracle, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0,
+                                       loraplus_weight_decay=0.1)  # fmt: skip
+    ours = torch.optim.AdamW(lora_groups(model, ratio=8, weight_decay=0.1, lr=1e-3))
+
+    def groups(model, optimizer):
+        names = {id(p): n.replace("base_model.model.", "").replace("lora_A.default.weight", "lora.A")
+                 .replace("lora_B.default.weight", "lora.B") for n, p in model.named_parameters()}  # fmt: skip
+        return sorted((g["lr"], g["weight_decay"], sorted(names[id(p)] for p in g["params"]))
+                      for g in optimizer.param_groups if g["params"])  # fmt: skip
+
+    assert groups(model, ours) == groups(oracle, theirs)
+    assert sorted(g["lr_scale"] for g in ours.param_groups) == [1.0, 8.0]
+    for _ in range(4):  # and they train alike
+        for m, optimizer in ((model, ours), (oracle, theirs)):
+            F.cross_entropy(m(IDS[:, :-1]).logits.flatten(0, 1), IDS[:, 1:].flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(logits(model), logits(oracle), rtol=0, atol=2e-5)
+
+
+def test_groups_with_a_head_and_a_schedule():
+    """Each trained parameter is in one group; B alone is fast; vectors (DoRA's m, biases) do not decay."""
+    model = headed(dora=True)
+    groups = lora_groups(model, weight_decay=0.1)
+    names, found = {id(p): n for n, p in model.named_parameters()}, {}
+    for g in groups:
+        assert set(g) == {"params", "lr_scale", "weight_decay"}
+        found |= {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for p in g["params"]}
+    assert sum(len(g["params"]) for g in groups) == len(found) == len(lora_parameters(model))
+    for n, group in found.items():
+        last = n.rpartition(".")[2]
+        want = {"A": (1.0, 0.1), "B": (16.0, 0.1), "m": (1.0, 0.0), "weight": (1.0, 0.1), "bias": (1.0, 0.0)}[last]
+        assert group == want, n
+    assert {"A", "B", "m", "weight", "bias"} == {n.rpartition(".")[2] for n in found}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(lora_groups(model), lr=1.0)
+    for g in optimizer.param_groups:
+        g["lr"] = 1e-3 * g["lr_scale"]  # as a loop does
+    model(IDS).logits.pow(2).sum().backward()
+    optimizer.step()
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            step = p.grad * (16e-3 if n.endswith(".lora.B") else 1e-3)
+            torch.testing.assert_close(p.detach(), before[n] - step, rtol=1e-6, atol=1e-8)
+
+
+def test_groups_refuse_what_lora_parameters_refuses():
+    model = gpt2()
+    with pytest.raises(ValueError, match="has no adapters"):
+        lora_groups(model)
+    add_lora(model, rank=2)
+    for ratio in (0, -1, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"ratio={ratio} is out of range; wanted a finite number above 0"):
+            lora_groups(model, ratio)
+    merge_lora(model)
+    with pytest.raises(ValueError, match="merged; wanted unmerge_lora first"):
+        lora_groups(model)
+
+
+# ---- over a quantised base (QLoRA) ---------------------------------------------------------------------------------
+
+
+def quantised(make, kind, dtype=torch.float64):
+    """A model of codes, and the plain one of the weights that they stand for."""
+    model = make().to(dtype).train()
+    quantise(model, kind)
+    plain = copy.deepcopy(model)
+    dequantise(plain)
+    return model, plain
+
+
+@pytest.mark.parametrize("codes", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_over_codes_are_those_over_the_weights_they_stand_for(kind, codes):
+    model, plain = quantised(llama, codes)
+    assert add_lora(model, rank=3, **KINDS[kind]) == add_lora(plain, rank=3, **KINDS[kind])
+    with torch.no_grad():
+        for m in (model, plain):
+            generator = torch.Generator().manual_seed(1)
+            for p in lora_parameters(m):
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.1 + (1 if p.ndim == 1 else 0))
+    assert torch.allclose(logits(model), logits(plain), rtol=1e-9, atol=1e-12)
+    for m in (model, plain):
+        F.cross_entropy(m(IDS[:, :-1]).logits.flatten(0, 1), IDS[:, 1:].flatten()).backward()
+    ours, theirs = ({n: p.grad for n, p in m.named_parameters()} for m in (model, plain))
+    assert all((g is not None) == (".lora." in n) for n, g in ours.items())
+    for n, g in ours.items():
+        if g is not None:
+            torch.testing.assert_close(g, theirs[n], rtol=1e-8, atol=1e-12)
+            assert g.abs().max() > 0
+
+
+def test_codes_with_adapters_keep_little_for_the_backward_pass():
+    model = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(4)])
+    size = memory(model)
+    quantise(model, "nf4")
+    add_lora(model, rank=2)
+    kept, x = {}, torch.randn(1, 256)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.__setitem__(t.untyped_storage().data_ptr(), t.nbytes) or t, lambda t: t
+    ):
+        model(x).sum()
+    assert sum(kept.values()) < size / 5 and memory(model) < size / 5
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_training_saving_and_loading_over_codes(kind, tmp_path):
+    model, plain = quantised(llama, "nf4", torch.float32)
+    held = bits({n: b for n, b in model.state_dict().items() if n.endswith((".codes", ".absmax", ".scale", ".mean"))})
+    start = logits(model)
+    add_lora(model, rank=4, **KINDS[kind])
+    assert torch.equal(logits(model), start)
+    optimizer, losses = torch.optim.AdamW(lora_groups(model, ratio=4, lr=2e-2)), []
+    for _ in range(40):
+        losses.append(F.cross_entropy(model(IDS[:, :-1]).logits.flatten(0, 1), IDS[:, 1:].flatten()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.2  # a frozen head this small cannot say more
+    trained = logits(model)
+    assert same_bits(bits({n: model.state_dict()[n] for n in held}), held)  # only the adapters have learnt
+    save_lora(model, tmp_path)
+    oracle = peft.PeftModel.from_pretrained(plain, tmp_path).eval()  # over the weights that the codes stand for
+    torch.testing.assert_close(logits(oracle), trained, rtol=0, atol=1e-5)
+    again, _ = quantised(llama, "nf4", torch.float32)
+    load_lora(again, tmp_path)
+    assert torch.equal(logits(again), trained)
+    remove_lora(again)
+    assert torch.equal(logits(again), start) and all(p.requires_grad for p in again.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_over_codes_wants_them_dequantised(kind):
+    model, _ = quantised(llama, "int8", torch.float32)
+    add_lora(model, rank=4, **KINDS[kind])
+    adapted, state = logits(stir(model)), bits(model.state_dict())
+    with pytest.raises(ValueError, match=r"layer 'model.layers.0.*' is quantised, .* wanted dequantise\(model\) first"):
+        merge_lora(model)
+    assert same_bits(bits(model.state_dict()), state) and torch.equal(logits(model), adapted)
+    dequantise(model)
+    torch.testing.assert_close(logits(model), adapted)  # the adapters have stayed
+    merge_lora(model)
+    torch.testing.assert_close(logits(model), adapted, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="holds a merged adapter; wanted unmerge_lora or remove_lora first"):
+        quantise(model)
+    unmerge_lora(model)
+    quantise(model, "int8")  # below adapters that are there already
+    torch.testing.assert_close(logits(model), adapted, rtol=0, atol=1e-2)
+
+
 def test_the_demo_runs_alone(tmp_path):
     (tmp_path / "lora.py").write_text(pathlib.Path(lora.__file__).read_text())
     done = subprocess.run([sys.executable, "-I", "lora.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("it is off by 0\n") == 3 and "100% of the weights learn" in done.stdout
+    assert done.stdout.count("unmerged by 0\n") == 3 and "100% of the weights learn" in done.stdout

