@@ -74,6 +74,8 @@ def write_gguf(path, model, kind="F32", permute=True, **extra):
     c, kept = model.config, {}
     kind = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, extra.pop("architecture", "llama"))
+    if "alignment" in extra:
+        writer.add_custom_alignment(extra.pop("alignment"))
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
@@ -184,6 +186,13 @@ def test_config_and_tensors_make_a_folder_that_transformers_opens(tmp_path):
         ids = tokens(2, 30, vocab=33)
         with torch.no_grad():
             torch.testing.assert_close(reference(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("alignment", [8, 256])
+def test_another_alignment(tmp_path, alignment):
+    kept = write_gguf(tmp_path / "a.gguf", small(), "Q4_0", alignment=alignment)
+    tensors = read_llama(tmp_path / "a.gguf")[1]
+    assert all(torch.equal(tensors[name], t) for name, t in kept.items())
 
 
 def test_entries_that_may_be_left_out(tmp_path):
@@ -305,6 +314,7 @@ def test_wrong_gguf_is_named(tmp_path):
     for text in (b"", b"G", b"GGUF", whole[:100], whole[: len(whole) // 2], whole[:-500]):
         path.write_bytes(text)
         refused(path, "a.gguf: ")
+    refused(path, f"the file ends at {len(whole) - 500}, its tensors at {len(whole)}")
     path.unlink()
     path.mkdir()
     refused(path, "a.gguf: ")

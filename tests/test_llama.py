@@ -251,6 +251,15 @@ def test_older_and_newer_config_files_mean_the_same(tmp_path):
         assert Llama.from_pretrained(tmp_path).config == model.config
 
 
+def test_llama3_scaling_without_the_old_context_means_the_present_one(tmp_path):
+    scaling = {name: x for name, x in LLAMA3.items() if name != "original_max_position_embeddings"}
+    theirs(rope_parameters=LLAMA3 | {"rope_theta": 1e4}).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": scaling | {"rope_theta": 1e4}}))
+    want = LlamaForCausalLM.from_pretrained(tmp_path).model.rotary_emb.inv_freq
+    torch.testing.assert_close(rotary_frequencies(Llama.from_pretrained(tmp_path).config), want, rtol=1e-5, atol=0)
+
+
 def test_several_end_tokens_survive_a_round_trip(tmp_path):
     theirs(eos_token_id=[7, 8, 9]).save_pretrained(tmp_path)
     model = Llama.from_pretrained(tmp_path)
@@ -664,6 +673,22 @@ def test_dropout_is_read_at_every_call_and_off_in_eval():
         a, b = model(ids), model(ids)
         assert not torch.equal(a, b)
         assert torch.equal(model.eval()(ids), still)
+
+
+def test_dropout_is_on_both_branches():
+    """What a block adds is nothing or twice what the branch gave, at a rate of 0.5."""
+    model, seen = tiny(dropout=0.5).train(), {}
+    block = model.model.layers[1]
+    for name in ("self_attn", "mlp"):
+        getattr(block, name).register_forward_hook(lambda m, args, out, name=name: seen.update({name: out}))
+    block.register_forward_hook(lambda m, args, out: seen.update(first=args[0], last=out))
+    block.post_attention_layernorm.register_forward_pre_hook(lambda m, args: seen.update(middle=args[0]))
+    with torch.no_grad():
+        model(tokens(3, 20))
+    for before, branch, after in (("first", "self_attn", "middle"), ("middle", "mlp", "last")):
+        added = seen[after] - seen[before]
+        none, twice = ((added - k * seen[branch]).abs() < 1e-4 for k in (0, 2))
+        assert (none | twice).all() and none.float().mean() > 0.3 and twice.float().mean() > 0.3
 
 
 def test_attention_gets_what_it_needs():
