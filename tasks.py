@@ -301,7 +301,8 @@ class Chats:
 
     def sample(self, model, folder):
         shown = []
-        for row in [row for row in self.val if "messages" in row][:3]:
+        rows = [row for row in self.val if "messages" in row]
+        for row in rows[:: max(1, len(rows) // 3)][:3]:
             asked, true = row["messages"][:-1], row["messages"][-1]["content"]
             said = "".join(answer(self.s, model, self.tokenizer, asked, min(self.s.new_tokens, len(true) // 2 + 16)))
             shown.append(f"{asked[-1]['content'].strip():.200}\n-> {said!r} (true: {true!r:.200})")

@@ -133,7 +133,7 @@ RECIPES = {  # (model, task): what a setting left open becomes in training anew,
         dict(data="digits", steps=2000, batch_size=64, lr=2e-3, optimizer="adamw"), dict(steps=500),
     ),
 }  # fmt: skip
-RATES = {  # learning rates of adapting, with AdamW: of a small model trained here, and of one that others pretrained
+RATES = {  # learning rates of adapting, with AdamW: of a small model trained here, and of a large one of others
     "full": (1e-3, 1e-4),
     "freeze": (2e-3, 5e-4),
     "surgical": (1e-3, 2e-4),
@@ -289,12 +289,13 @@ def complete(s):
         # A task is learnt as from scratch, save by adapters and by one that others pretrained; other text
         # is learnt by smaller steps.
         foreign = bool(s.base) and not run_of(s.base)
-        gently = {"optimizer": "adamw", "lr": RATES[s.finetune][foreign]}
-        if s.task in FIELDS and s.finetune not in ADAPTERS and not foreign:
+        large = foreign and s.model in TASKS["chat"].models  # than what two cores pretrain
+        gently = {"optimizer": "adamw", "lr": RATES[s.finetune][large]}
+        if s.task in FIELDS and s.finetune not in ADAPTERS:
             gently = {"lr": 1e-2} if s.finetune == "freeze" else {}  # the blocks below cannot be spoilt
+            gently |= {"lr": 1.5e-3} if foreign and s.finetune != "freeze" else {}
         recipe = anew | gently | adapting
-        if foreign and s.model in ("gpt", "llama"):  # which are larger than what two cores pretrain
-            recipe |= {"steps": 100, "batch_size": 2}
+        recipe |= {"steps": 60, "batch_size": 2} if large else {}
         recipe = {name: value for name, value in recipe.items() if name not in ("dropout", "seq_len")}  # the base's
         if s.finetune == "distill":  # a student learns on what its teacher learnt on
             recipe |= {"data": anew["data"], "prompt": anew.get("prompt")}
