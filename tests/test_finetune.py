@@ -398,3 +398,32 @@ def test_lora_on_smollm2_learns_as_with_peft(tmp_path):
                   [p for p in theirs.parameters() if p.requires_grad])  # fmt: skip
     assert (ours - want).abs().max() < 1e-3, (ours, want)
     assert ours[-1] < ours[0] / 4
+
+
+# --- traps ------------------------------------------------------------------------------------------------------------
+
+
+def test_trap_recomputation_over_a_frozen_base():
+    """Activations recomputed in the backward pass: LoRA's gradients stay the same, although no input of a frozen block
+    needs one. The older, reentrant way gives them none."""
+    from torch.utils.checkpoint import checkpoint
+
+    from minimal import lora
+    from minimal.gpt import GPT, GPTConfig
+
+    def gradients(**how):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(50, 16, 32, 2, 4, dropout=0.0))
+        lora.add_lora(model, rank=2)
+        for p in lora.lora_parameters(model):
+            torch.nn.init.normal_(p, std=0.1)
+        for block in model.transformer.h if how else ():
+            plain = block.forward
+            block.forward = lambda *args, plain=plain: checkpoint(plain, *args, **how)
+        model.loss(torch.arange(24).view(2, 12))[0].backward()
+        return [p.grad for p in lora.lora_parameters(model)]
+
+    for a, b in zip(gradients(), gradients(use_reentrant=False), strict=True):
+        assert a.abs().max() > 0 and torch.equal(a, b)
+    with pytest.warns(UserWarning, match="None of the inputs"), pytest.raises(RuntimeError, match="does not require"):
+        gradients(use_reentrant=True)  # with a head that trains even this error would be missing
