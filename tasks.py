@@ -265,8 +265,10 @@ class Chats:
         held_out = [f for f, end in zip(held_out, ends, strict=True) if end <= eval_tokens(base)] or held_out[:1]
         if report:
             print(f"note: {report}")
-        how = dict(pad_id=pad_id(tokenizer), pack=not prompted(s, base))
-        self.rows = PackedRows(features, s.seq_len, s.batch_size, s.seed, **how)
+        how, size = dict(pad_id=pad_id(tokenizer), pack=not prompted(s, base)), s.batch_size
+        if not how["pack"]:  # as many tokens a step as packed rows have
+            size = max(1, size * s.seq_len * len(features) // sum(len(f["ids"]) for f in features))
+        self.rows = PackedRows(features, s.seq_len, size, s.seed, **how)
         self.right = []
         self.held_out = PackedRows(held_out, s.seq_len, s.batch_size, 0, **how)
 

@@ -273,6 +273,10 @@ def complete(s):
         s.base = s.teacher = s.teacher or s.base
         if s.adversarial:
             raise ValueError(f"--adversarial {s.adversarial}: not beside --finetune distill")
+    if s.quantise and s.finetune != "lora":
+        raise ValueError(f"--quantise {s.quantise}: the base of LoRA alone can be so; wanted --finetune lora")
+    if s.finetune == "all":
+        raise ValueError("--finetune all: wanted no action beside it")
     if s.adversarial and s.compile:
         raise ValueError(
             f"--adversarial {s.adversarial}: acts by a hook, which --compile passes over; wanted one of them"
@@ -564,8 +568,8 @@ def set_up(s, folder, resume=False):
         # A prefix takes places where they are counted from the text's start, not in an encoder-decoder.
         takes = s.finetune == "prompt" or (s.finetune == "prefix" and hasattr(known, "position_offset"))
         context = context - s.virtual_tokens if context and takes else context
-        s.seq_len = s.seq_len or min(RECIPES[s.model, s.task][0]["seq_len"], context or 10**9)
-        if context and s.seq_len > context:
+        s.seq_len = s.seq_len or min(RECIPES[s.model, s.task][0]["seq_len"], 10**9 if context is None else context)
+        if context is not None and s.seq_len > context:
             less = f" less {s.virtual_tokens} of the {s.finetune}" if takes else ""
             raise ValueError(f"--seq-len {s.seq_len}: longer than the context of {s.base}{less}, {context} tokens")
         if resume:

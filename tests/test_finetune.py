@@ -427,3 +427,20 @@ def test_trap_recomputation_over_a_frozen_base():
         assert a.abs().max() > 0 and torch.equal(a, b)
     with pytest.warns(UserWarning, match="None of the inputs"), pytest.raises(RuntimeError, match="does not require"):
         gradients(use_reentrant=True)  # with a head that trains even this error would be missing
+
+
+BAD_SETTINGS = {
+    "--finetune full --quantise nf4": ["--quantise nf4", "--finetune lora"],
+    "--finetune all --dry-run": ["--finetune all"],
+    "--finetune prefix --virtual-tokens 128": ["context", "prefix"],
+    "--finetune lora --quantise nf5": ["nf5", "nf4"],
+    "--finetune surgical --budget 0.0001": ["budget"],
+    "--finetune adapters": ["adapters", "did you mean"],
+}
+
+
+@pytest.mark.parametrize("line", BAD_SETTINGS)
+def test_bad_settings(line, capsys):
+    pretrain("--seq-len", "128")
+    flags = ["--seq-len", "128", "--base", "out/gpt", "--data", chats(), "--out", "out/bad", *line.split()]
+    fails([*TINY, *flags], capsys, *BAD_SETTINGS[line])
