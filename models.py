@@ -111,15 +111,19 @@ def locate(name, what="--base"):
         known = f"{', '.join(PACKAGED)}, or a hub's OWNER/NAME"
         raise ValueError(f"{what} {name}: no such folder or file; wanted one, or {known}")
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ImportError(f"{what} {name}: is fetched with huggingface_hub: pip install huggingface_hub") from None
-    try:
-        return Path(
-            snapshot_download(f"{owner}/{rest}", allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-        )
+        return fetch(f"{owner}/{rest}")
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{what} {name}: no such folder, and the hub did not give it: {error!s:.200}") from None
+
+
+@functools.cache  # a run asks several times
+def fetch(name):
+    """The folder of a model of the hub, fetched unless it is there already."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError(f"{name} is fetched with huggingface_hub: pip install huggingface_hub") from None
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
 
 
 def load_tokenizer(path):
@@ -129,6 +133,8 @@ def load_tokenizer(path):
         tokenizer = PretrainedBPE(tree)
     else:
         template, file = None, path / "tokenizer.json"
+        if not file.exists() and not (path / "vocab.txt").exists():
+            raise ValueError(f"{path}: holds no tokenizer.json; wanted one beside the model")
         kind = read_json(file).get("model") if file.exists() else {"type": "WordPiece"}
         if isinstance(kind, dict) and kind.get("type") == "WordPiece":
             tokenizer = WordPiece.load(path)
@@ -161,7 +167,7 @@ def load_model(name, what="--base", task=None, labels=None):
     task, labels: for a BERT, whose head of another task gives way to a new one."""
     path = locate(name, what)
     if path.is_file():
-        return Llama.from_tensors(*gguf_llama.read_llama(path), attention, str(path)), load_tokenizer(path)
+        return Llama.from_tensors(*gguf_llama.read_llama(path), attention, str(path), copy=False), load_tokenizer(path)
     if (path / "adapter_config.json").exists():
         return load_adapted(path, what)
     if not (path / "config.json").exists():
@@ -190,9 +196,7 @@ def load_adapted(folder, what):
         raise ValueError(
             f"{what} {folder}: peft_type {config.get('peft_type')!r} is not supported; wanted one of {known}"
         )
-    base = config.get("base_model_name_or_path") or "?"
-    if not Path(base).exists() and (folder.parent / Path(base).name).is_dir():
-        base = folder.parent / Path(base).name  # both were moved together
+    base = base_of(folder)
     model, tokenizer = load_model(
         base, f"the base of {folder},", run.get("settings", {}).get("task"), run.get("labels")
     )
@@ -202,6 +206,13 @@ def load_adapted(folder, what):
         quant.quantise(model, kind)
     load(model, folder)
     return model, load_tokenizer(folder) if (folder / "tokenizer.json").exists() else tokenizer
+
+
+def base_of(folder):
+    """The base that an adapter names; "?" where it names none."""
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "?"
+    beside = folder.parent / Path(base).name
+    return str(beside) if not Path(base).exists() and beside.is_dir() else base  # both were moved together
 
 
 def identity_of(name):
@@ -230,6 +241,10 @@ def purpose_of(name, model, what="--base"):
 
 def adapt(s, model, data=None):
     """The method of --finetune, in place. data: what surgical measures on."""
+    lacking = [name for name in getattr(model, "fresh", ()) if name.startswith("cls.")]
+    if s.finetune in ADAPTERS and lacking:
+        what = "has no head for masked words, which an adapter would leave random and unsaved"
+        raise ValueError(f"--base {s.base}: {what}; wanted --finetune full, or another --task")
     if s.quantise:
         quant.quantise(model, s.quantise)
     if s.finetune == "lora":
@@ -388,6 +403,8 @@ def weights_of(s):
 
 
 def count(model):
-    """(all parameters, those that train)"""
+    """(all parameters, those that train); of quantised layers the weights that their codes stand for"""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+    coded = [m for m in model.modules() if isinstance(m, quant.QuantisedLinear)]
+    every = sum(n for n, _ in sizes) + sum(m.in_features * m.out_features for m in coded)
+    return every, sum(n for n, trains in sizes if trains)

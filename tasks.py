@@ -123,6 +123,16 @@ def checked(s, tokenizer):
     return tokenizer
 
 
+def start_ids(tokenizer):
+    """What stands before every text: [the token that begins one] where the tokenizer's own file puts it there."""
+    tree = getattr(tokenizer, "tree", None) or {}  # of another's tokenizer.json; ours has no such token
+    parts = [tree.get("post_processor") or {}]
+    parts = [inner for part in parts for inner in part.get("processors", [part])]
+    first = next((p["single"][0] for p in parts if p.get("type") == "TemplateProcessing" and p.get("single")), {})
+    token = first.get("SpecialToken", {}).get("id")
+    return [] if token is None else [tokenizer.token_to_id(token)]
+
+
 def end_id(tokenizer):
     """The id that ends a document in a file of tokens; WordPiece has none, and [PAD], which is no text, serves."""
     return tokenizer.token_to_id("[PAD]") if tokenizer.eos_id is None else tokenizer.eos_id
@@ -143,7 +153,7 @@ def prepare_text(s, folder, tokenizer):
     def ids_of(text):
         # Each document ends with the end token, which is trained like any other: so the model learns to stop.
         if s.task == "lm":
-            return tokenizer.encode(text) + [tokenizer.eos_id]
+            return [*start_ids(tokenizer), *tokenizer.encode(text), tokenizer.eos_id]
         sentences = stdlib_tasks.sentences(text)
         return [i for sentence in sentences for i in (*tokenizer.encode(sentence), sep_id)] + [end_id(tokenizer)]
 
@@ -208,7 +218,7 @@ class Text:
 
     def __init__(self, s, folder, tokenizer, base=None):
         self.s, self.tokenizer, self.folder = s, tokenizer, folder
-        self.apart = s.data.endswith(".jsonl") and s.model != "rnn" and not prompted(s, base)
+        self.rows, self.alone = s.data.endswith(".jsonl") and s.model != "rnn", prompted(s, base)
         self.limit = max(1, eval_tokens(base) // (s.seq_len * s.batch_size))
         try:
             self.train, self.val = (corpus.TokenBlocks(folder / n, s.seq_len, s.seed) for n in ("train.npy", "val.npy"))
@@ -227,18 +237,19 @@ class Text:
 
     def batch(self, index):
         ids = self.train.batch(index, self.s.batch_size)  # (B, T + 1)
-        return self.documents(ids, ids) if self.apart else {"ids": ids}
+        return self.documents(ids, ids) if self.rows else {"ids": ids}
 
     def validation(self):
         for ids, labels in self.val.sequential(self.s.batch_size, self.limit):
-            yield self.documents(ids, labels) if self.apart else {"ids": ids, "labels": labels}
+            yield self.documents(ids, labels) if self.rows else {"ids": ids, "labels": labels}
 
     def documents(self, ids, labels):
         """A batch with the number of each token's document; the end of one is not asked for the next one's start."""
         ends = (ids == self.tokenizer.eos_id)[:, :-1]  # (B, T)
         numbers = torch.nn.functional.pad(ends.cumsum(1), (1, 0))  # (B, T + 1)
         labels = torch.cat((labels[:, :1], labels[:, 1:].masked_fill(ends, -100)), 1)
-        return {"ids": ids, "labels": labels, "documents": numbers}
+        # A prompt stands before one text: with it documents do see each other, and the same labels count.
+        return {"ids": ids, "labels": labels} | ({} if self.alone else {"documents": numbers})
 
     def scores(self, model, loss_sum):
         return {"bits_per_byte": metrics.bits_per_byte(loss_sum, self.n_bytes)} if self.n_bytes else {}
@@ -260,11 +271,12 @@ class Chats:
     def __init__(self, s, tokenizer, train, val, base=None):
         self.s, self.tokenizer, self.val, self.format = s, tokenizer, val, chat_format(tokenizer)
         features, report = fit_rows([self.format.feature(row, s.train_on) for row in train], s.seq_len)
-        held_out, _ = fit_rows([self.format.feature(row) for row in val], s.seq_len)
+        held_out, lost = fit_rows([self.format.feature(row) for row in val], s.seq_len)
         ends = itertools.accumulate(len(f["ids"]) for f in held_out)  # the same rows whether they are packed or not
         held_out = [f for f, end in zip(held_out, ends, strict=True) if end <= eval_tokens(base)] or held_out[:1]
-        if report:
-            print(f"note: {report}")
+        for part, what in (("training", report), ("validation", lost)):
+            if what:
+                print(f"note: {part}: {what}")
         how, size = dict(pad_id=pad_id(tokenizer), pack=not prompted(s, base)), s.batch_size
         if not how["pack"]:  # as many tokens a step as packed rows have
             size = max(1, size * s.seq_len * len(features) // sum(len(f["ids"]) for f in features))
@@ -327,7 +339,10 @@ def answer(s, model, tokenizer, messages, new_tokens=None):
 
 def eval_tokens(base):
     """How many tokens an evaluation scores, for a model that is as large as `base`."""
-    size = sum(p.numel() for p in base.parameters()) if base else 1
+    if base is None:
+        return EVAL_TOKENS
+    with torch.device("meta"):  # its own size, whatever was added or quantised: so that each scores the same rows
+        size = sum(p.numel() for p in type(base)(base.config).parameters())
     return min(EVAL_TOKENS, int(EVAL_WORK / size))
 
 
@@ -505,6 +520,9 @@ class Labelled:
         self.unit = {"classify": "texts", "qa": "ends of answers"}.get(s.task, "tokens")
         how = tokenizer, s.seq_len, labels, segments
         self.features, self.val_features = (encode(s.task, rows, *how) for rows in (train, val))
+        full = sum(len(f.get("source") or f["ids"]) == s.seq_len for f in self.features)
+        if full and s.task in ("classify", "seq2seq"):
+            print(f"note: {full} of {len(train)} texts fill a row of {s.seq_len} tokens; what is beyond is not read")
         self.lengths = [len(f["source"]) + len(f["target"]) if "source" in f else len(f["ids"]) for f in self.features]
 
     @functools.lru_cache(maxsize=1)  # noqa: B019
@@ -710,7 +728,8 @@ def continue_text(s, model, tokenizer, prompt):
     """Yields the pieces of a continuation, drawn with a generator of its own: a sample does not move training's."""
     generator = torch.Generator(s.device).manual_seed(s.seed)
     how = dict(temperature=s.temperature, top_p=s.top_p, generator=generator, context=context_of(model))
-    return stream_text(model, tokenizer, prompt, s.new_tokens, **how)
+    ids = [*start_ids(tokenizer), *tokenizer.encode(prompt)]
+    return stream_text(model, tokenizer, ids, s.new_tokens, **how)
 
 
 @torch.no_grad()

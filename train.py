@@ -37,7 +37,7 @@ import torch
 from safetensors import SafetensorError
 
 from minimal import fused, runs
-from minimal.chat import kind_of
+from minimal.chat import START, kind_of
 from minimal.checkpoint import load_checkpoint, save_checkpoint, write_beside
 from minimal.examples import FIELDS
 from minimal.optim import cosine_schedule
@@ -257,7 +257,8 @@ def complete(s):
     if s.task is None and (s.base or s.teacher):
         s.model, s.task = purpose_of(s.teacher or s.base, s.model, "--teacher" if s.teacher else "--base")
     if s.task is None and s.model in (None, *TASKS["chat"].models) and s.data:
-        s.task = "chat" if kind_of(s.data) not in (None, "text") else run_of(s.teacher or s.base).get("task")
+        kind = kind_of(s.data) or ("unknown" if s.data.endswith(".jsonl") else "text")  # chats_of names what is wrong
+        s.task = run_of(s.teacher or s.base).get("task") if kind == "text" else "chat"
     s.model = s.model or (TASKS[s.task].models[0] if s.task else "gpt")
     s.task = s.task or TASK_OF[s.model]
     if s.model not in TASKS[s.task].models:
@@ -273,10 +274,14 @@ def complete(s):
         s.base = s.teacher = s.teacher or s.base
         if s.adversarial:
             raise ValueError(f"--adversarial {s.adversarial}: not beside --finetune distill")
+    if s.base and not s.finetune:
+        raise ValueError(f"--base {s.base}: wanted --finetune beside it, or an action such as --sample")
     if s.quantise and s.finetune != "lora":
         raise ValueError(f"--quantise {s.quantise}: the base of LoRA alone can be so; wanted --finetune lora")
     if s.finetune == "all":
         raise ValueError("--finetune all: wanted no action beside it")
+    if s.lora_plus != 1 and s.optimizer not in (None, "adamw"):
+        raise ValueError(f"--lora-plus {s.lora_plus:g}: has two rates of AdamW; wanted no --optimizer {s.optimizer}")
     if s.adversarial and s.compile:
         raise ValueError(
             f"--adversarial {s.adversarial}: acts by a hook, which --compile passes over; wanted one of them"
@@ -530,7 +535,8 @@ def find_base(s):
         new.out = str(root / folder_of(new))
         if s.model != "vae" and s.finetune in ("lora", "freeze"):  # what cannot be adapted is better known before
             with torch.device("meta"):
-                adapt(s, new_model(dataclasses.replace(new, task=s.task), Blank(s.vocab_size)))
+                bare = dataclasses.replace(s, quantise=None)  # there is nothing to quantise on this device
+                adapt(bare, new_model(dataclasses.replace(new, task=s.task), Blank(s.vocab_size)))
         unfinished = finished(s, "unfinished")
         then = f"going on with {unfinished}" if unfinished else f"training one first, into {new.out}"
         print(f"no finished model to build on under {root}/: {then}")
@@ -552,9 +558,9 @@ class Blank:
         return 0
 
 
-def set_up(s, folder, resume=False):
-    """-> (model, data, teacher or None). A new run prepares its data in `folder`; a resumed one finds it there."""
-    known = tokenizer = teacher = None
+def prepare(s, folder, resume=False):
+    """-> (the base or None, data). A new run prepares its data in `folder`; a resumed one finds it there."""
+    known = tokenizer = None
     if s.finetune:
         if s.finetune != "distill" and (locate(s.base) / "adapter_config.json").exists():
             raise ValueError(f"--base {s.base}: is an adapter; to build on it: python train.py --merge --base {s.base}")
@@ -568,6 +574,8 @@ def set_up(s, folder, resume=False):
         # A prefix takes places where they are counted from the text's start, not in an encoder-decoder.
         takes = s.finetune == "prompt" or (s.finetune == "prefix" and hasattr(known, "position_offset"))
         context = context - s.virtual_tokens if context and takes else context
+        if takes and context < 1:
+            raise ValueError(f"--virtual-tokens {s.virtual_tokens}: leaves nothing of the context of {s.base}")
         s.seq_len = s.seq_len or min(RECIPES[s.model, s.task][0]["seq_len"], 10**9 if context is None else context)
         if context is not None and s.seq_len > context:
             less = f" less {s.virtual_tokens} of the {s.finetune}" if takes else ""
@@ -575,12 +583,20 @@ def set_up(s, folder, resume=False):
         if resume:
             tokenizer = load_tokenizer(folder)
         else:
-            prepare = prepare_rows if s.task in (*FIELDS, "chat") else prepare_text
-            tokenizer = prepare(s, folder / "state", tokenizer)
-        if s.task == "chat" and not tokenizer.chat_template:
-            tokenizer.chat_template = chat_format(tokenizer).template
+            write = prepare_rows if s.task in (*FIELDS, "chat") else prepare_text
+            tokenizer = write(s, folder / "state", tokenizer)
+        if s.task == "chat":
+            own = getattr(tokenizer, "chat_template", None)
+            if own and START not in own:
+                print("note: the chat template of --base is not ChatML, which is what is trained, and kept beside it")
+            tokenizer.chat_template = own if own and START in own else chat_format(tokenizer).template
         save_tokenizer(tokenizer, folder)
-    data = load_data(s, folder / "state", tokenizer, known)
+    return known, load_data(s, folder / "state", tokenizer, known)
+
+
+def set_up(s, folder, resume=False):
+    """-> (model, data, teacher or None)"""
+    (known, data), teacher = prepare(s, folder, resume), None
     torch.manual_seed(s.seed)
     if s.finetune == "distill":
         teacher = known
@@ -632,7 +648,7 @@ def run(s, resume=False):
 
     if resume:
         if read_json(out / "args.json").get("base_sha256") != identity:
-            raise ValueError(f"--resume {out}: {s.base}/model.safetensors is no longer what the run began with")
+            raise ValueError(f"--resume {out}: the weights of {s.base} are no longer what the run began with")
         model, data, teacher = set_up(s, out, resume=True)
         labels, trained = getattr(data, "labels", ()), count(model)[1]
     else:  # set up beside --out, in the nearest folder that exists: what is there stays until that has worked
@@ -770,8 +786,13 @@ def main(argv=None):
             return dry_run(complete(s))
         if action == "--show-data":
             with tempfile.TemporaryDirectory() as temporary:
-                _, data, _ = set_up(complete(s), Path(temporary))
-                return show_data(data, value, data.tokenizer)
+                s = complete(s)
+                s.base = s.base or (s.finetune and str(finished(s) or ""))
+                if s.base == "":
+                    raise ValueError(
+                        "--show-data: nothing pretrained whose tokenizer could cut the rows; wanted --base"
+                    )
+                return show_data(prepare(s, Path(temporary))[1], value)
         if s.finetune == "all" and not action:
             return run_all(s, given)
         out = resume_run(value, s, given) if action == "--resume" else run(complete(s))

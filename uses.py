@@ -4,9 +4,11 @@ data: --finetune all, --show-data. `s` is everywhere the Settings of train.py.""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,7 +28,7 @@ from minimal.likelihood import classify
 from minimal.lora import merge_lora
 from minimal.runs import read_json, write_json
 from minimal.settings import flag
-from models import identity_of, load_model, save_tokenizer
+from models import base_of, identity_of, load_model, save_tokenizer
 from tasks import (
     Labelled,
     answer,
@@ -53,8 +55,8 @@ from tasks import (
 
 RUN_FILES = ["args.json", "metrics.jsonl", "state", "config.json", "model.safetensors", "tokenizer.json", "loss.png",
              "metrics.json", "samples.txt", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
-             "reconstructions.png", "samples.png", "walk.png", "merge.json", "table.md", "table.json",
-             "table.png"]  # fmt: skip
+             "tokenizer_config.json", "reconstructions.png", "samples.png", "walk.png", "merge.json", "table.md",
+             "table.json", "table.png"]  # fmt: skip
 
 
 def check_free(s, out):
@@ -136,8 +138,7 @@ def similarities(s, model, tokenizer, sentences):
 
 def converse(s, folder, model, tokenizer, question):
     """--chat with a model of conversations, or, for --sample, one question to it"""
-    chat = question is True
-    messages = []
+    chat, room, messages = question is True, context_of(model) - s.new_tokens, []
     if chat:
         print(f"{folder} answers; an empty line ends")
     while True:
@@ -148,7 +149,7 @@ def converse(s, folder, model, tokenizer, question):
         if not said:
             return
         messages.append({"role": "user", "content": said})
-        while len(messages) > 1 and len(chat_format(tokenizer).prompt(messages)) > s.seq_len - s.new_tokens:
+        while len(messages) > 1 and len(chat_format(tokenizer).prompt(messages)) > room:
             messages = messages[2:]  # the oldest question and answer, where all do not fit
         text = ""
         for piece in answer(s, model, tokenizer, messages):
@@ -210,66 +211,82 @@ def merge(s, folder, model, tokenizer, other, out):
     """--merge: an adapter and its base as one model, with a certificate that it computes what they do"""
     out = Path(out or f"{folder}-merged")
     check_free(s, out)
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") if is_adapter(folder) else None
-    if out.resolve() in (folder.resolve(), Path(base or folder).resolve()):
-        raise ValueError(f"--out {out}: is the adapter or its base; wanted another folder")
-    with tempfile.TemporaryDirectory() as temporary:
+    check_apart(folder, out)
+    with tempfile.TemporaryDirectory() as temporary, written_beside(out) as beside:
         data = held_out(s, folder, model, tokenizer, other, Path(temporary))
-        batches = certified(data)
-        before, scores = outputs_on(s, model, batches), evaluate(s, model, data)
-        weights = merge_into(model, folder)
-        beside = Path(temporary) / "merged"
+        batch = certified(data)
+        before, scores = outputs_on(s, model, batch), evaluate(s, model, data)
+        weights = merge_into(model, folder, "--merge")
         save_whole(model, tokenizer, beside)
         merged = load_model(beside)[0].to(s.device)  # what the files hold, not what they were made from
-        changes = [(a - b).abs().max().item() for a, b in zip(before, outputs_on(s, merged, batches), strict=True)]
-        certificate = {
-            "adapter": str(folder), "base": str(base), "base_sha256": identity_of(base) if base else None,
-            "data": s.data, "logits_compared": sum(logits.numel() for logits in before),
-            "largest_logit": max(logits.abs().max().item() for logits in before), "largest_logit_change": max(changes),
-            "largest_weight_change": weights, "tolerance": s.tolerance,
-        }  # fmt: skip
-        told = f"the largest change of a logit is {max(changes):.3g}, of a weight {weights:.3g}"
-        if not max(changes) <= s.tolerance:
+        change = (outputs_on(s, merged, batch) - before).abs().max().item()
+        told = f"the largest change of a logit is {change:.3g}, of a weight {weights:.3g}"
+        if not change <= s.tolerance:
             raise ValueError(f"--merge {folder}: {told}; --tolerance is {s.tolerance:g}: nothing was written")
-        print(f"{folder}: {describe(scores)}\nmerged: {describe(evaluate(s, merged, data))}; {told}")
-        out.mkdir(parents=True, exist_ok=True)
-        runs.clear(out, RUN_FILES)
+        base = base_of(folder)
+        certificate = {
+            "adapter": str(folder), "base": base, "base_sha256": identity_of(base), "data": s.data,
+            "logits_compared": before.numel(), "largest_logit": before.abs().max().item(),
+            "largest_logit_change": change, "largest_weight_change": weights, "tolerance": s.tolerance,
+        }  # fmt: skip
         write_json(beside / "merge.json", certificate)
+        print(f"{folder}: {describe(scores)}\nmerged: {describe(evaluate(s, merged, data))}; {told}")
+    last = {"lm": "--chat", "chat": "--chat", "images": "--eval", "mlm": "--eval"}.get(s.task, '--sample "..."')
+    print(f"next: python train.py --base {out} {last}")
+
+
+@contextlib.contextmanager
+def written_beside(out):
+    """A folder beside `out`, whose files replace those of the model in `out` if all goes well; else nothing changes."""
+    place = next(parent for parent in out.absolute().parents if parent.is_dir())
+    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
+    try:
+        yield beside
+        out.mkdir(parents=True, exist_ok=True)
+        runs.clear(out, [*RUN_FILES, *(path.name for path in out.glob("model*.safetensors*"))])
         for path in sorted(beside.iterdir()):
-            shutil.move(path, out / path.name)
-    print(f"next: python train.py --base {out} {'--chat' if s.task in ('lm', 'chat') else '--eval'}")
+            os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_apart(folder, out):
+    """Refuses to write over the model that is read, or over its base."""
+    base = base_of(folder) if is_adapter(folder) else folder
+    if out.resolve() in (folder.resolve(), Path(base).resolve()):
+        raise ValueError(f"--out {out}: is the model itself or its base; wanted another place")
 
 
 CERTIFIED = 2048  # tokens of held-out rows whose logits are compared; with 50,000 classes 400 MB
 
 
 def certified(data):
-    """The first held-out rows, as one batch in a list."""
+    """The first held-out rows, as a batch."""
     batch = next(iter(data.validation()))
     longest = max(x.shape[1] for x in batch.values() if x.dim() > 1)
-    return [{name: x[: max(1, CERTIFIED // longest)] for name, x in batch.items()}]
+    return {name: x[: max(1, CERTIFIED // longest)] for name, x in batch.items()}
 
 
 def is_adapter(folder):
     return (folder / "adapter_config.json").exists()
 
 
-def merge_into(model, folder):
+def merge_into(model, folder, action):
     """Merges the adapter of a folder into the model's own weights; returns the largest change of a weight."""
     kind = read_json(folder / "adapter_config.json").get("peft_type") if is_adapter(folder) else None
     if kind != "LORA":
         why = f"is a {kind} adapter, which no weights can stand for" if kind else "is no adapter"
-        raise ValueError(f"--merge: {folder} {why}; wanted --base to name the folder of a LoRA run")
+        raise ValueError(f"{action}: {folder} {why}; wanted --base to name the folder of a LoRA run")
     if any(isinstance(module, quant.QuantisedLinear) for module in model.modules()):
         quant.dequantise(model)  # into the weights that the adapter was trained over
     return merge_lora(model)
 
 
 @torch.no_grad()
-def outputs_on(s, model, batches):
-    """The logits of each batch, on the CPU."""
+def outputs_on(s, model, batch):
+    """The logits of a batch, on the CPU."""
     model.eval()
-    return [loss_on(s, model.outputs, batch)[0].float().cpu() for batch in batches]
+    return loss_on(s, model.outputs, batch)[0].float().cpu()
 
 
 def save_whole(model, tokenizer, folder):
@@ -285,17 +302,25 @@ def export(s, folder, model, tokenizer, kind, out):
     out = Path(out or f"{folder.name if folder.is_dir() else folder.stem}{EXPORTS[kind]}")
     if out.exists() and not s.overwrite:
         raise ValueError(f"--out {out}: is there already; wanted --overwrite to replace it, or another --out")
+    check_apart(folder, out)
+    if s.model not in ("gpt", "llama") and not (s.model == "bert" and kind != "gguf"):
+        raise ValueError(f"--export {kind}: {folder} is a {s.model}; wanted a gpt or llama, or, but for gguf, a bert")
     if is_adapter(folder):
-        print(f"merged: the largest change of a weight is {merge_into(model, folder):.3g}")
+        print(f"merged: the largest change of a weight is {merge_into(model, folder, '--export'):.3g}")
+    out.parent.mkdir(parents=True, exist_ok=True)
     if kind == "hf":
-        save_whole(model, tokenizer, out)
-        if tokenizer:  # what AutoTokenizer asks for
+        with written_beside(out) as beside:
+            save_whole(model, tokenizer, beside)
             special = {f"{name}_token": tokenizer.id_to_token(i) for name, i in specials(model, tokenizer).items()}
-            write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special)
+            # What AutoTokenizer asks for.
+            write_json(beside / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special)
     elif kind == "gguf":
         with tempfile.TemporaryDirectory() as temporary:
             save_whole(model, tokenizer, Path(temporary))
-            gguf_format.write_gguf(temporary, out)
+            try:
+                gguf_format.write_gguf(temporary, out)
+            except ValueError as error:  # which names the folder, and that means nothing to the user
+                raise ValueError(f"--export gguf: {str(error).replace(temporary, str(folder))}") from None
     else:
         difference = export_torch(model, out)
         print(f"loaded again, its logits differ by {difference:.3g} at most")
@@ -323,17 +348,21 @@ def export_torch(model, out):
     ids = torch.arange(12).view(2, 6) % model.config.vocab_size
     sizes = {0: torch.export.Dim("batch", max=1024), 1: torch.export.Dim("tokens", min=2, max=context_of(model))}
     program = torch.export.export(model, (ids,), dynamic_shapes={"ids": sizes}, strict=False)
-    write_beside(out, lambda beside: torch.export.save(program, beside))
+    beside = out.with_name(f".beside-{out.name}")  # torch asks for the ending .pt2
+    torch.export.save(program, beside)
+    os.replace(beside, out)
     again, other = torch.export.load(out).module(), torch.arange(21).view(3, 7) % model.config.vocab_size
     return (again(other) - model(other)).abs().max().item()
 
 
-def show_data(data, number, tokenizer):
+def show_data(data, number):
     """--show-data: rows as the model will read them, what is trained in colour"""
+    if not hasattr(data, "tokenizer"):
+        raise ValueError("--show-data: images have no tokens; look at the pictures")
     rows = (row for index in itertools.count() for row in rows_of_batch(data.batch(index)))
     for i, (ids, labels, more) in enumerate(itertools.islice(rows, number), 1):
         print(f"--- row {i}: {len(ids)} tokens, {sum(x != -100 for x in labels)} trained{more}")
-        print(show_row(ids, labels, tokenizer, sys.stdout.isatty()))
+        print(show_row(ids, labels, data.tokenizer, sys.stdout.isatty()))
 
 
 def rows_of_batch(batch):
@@ -372,7 +401,7 @@ def compare(s, given, base):
     out.mkdir(parents=True, exist_ok=True)
     runs.clear(out, RUN_FILES)
     kept = [name for name in given if name not in ("finetune", "base", "out", "overwrite")]
-    same = [x for n in kept for x in ([flag(n)] if getattr(s, n) is True else [flag(n), str(getattr(s, n))])]
+    same = [flag(n) if getattr(s, n) is True else f"{flag(n)}={getattr(s, n)}" for n in kept]
     for method, flags in METHODS.items():
         print(f"\n=== {method}", flush=True)
         where = out / method
@@ -405,30 +434,32 @@ def row_of_table(folder):
     run, scores = read_json(folder / "args.json"), read_json(folder / "metrics.json")
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     files = [folder / name for name in ("model.safetensors", "adapter_model.safetensors") if (folder / name).exists()]
-    metric = {name: x for name, x in scores.items() if name not in ("task", "data", "val_loss", "baselines")}
+    metric = next((x for x in scores if x not in ("task", "data", "val_loss", "baselines")), None)
     return {
-        "trainable": run["trained"], "seconds": run["elapsed"], "peak_mb": max(x["peak_memory_mb"] for x in logged),
+        "optimizer": f"{run['settings']['optimizer']} {run['settings']['lr']:g}", "trainable": run["trained"],
+        "seconds": run["elapsed"], "peak_mb": max(x["peak_memory_mb"] for x in logged),
         "file_mb": files[0].stat().st_size / 2**20, "val_loss_before": run["before"]["val_loss"],
-        "val_loss": scores["val_loss"], "metric": dict([*metric.items()][:1]),
+        "val_loss": scores["val_loss"], "metric_name": metric, "metric_before": run["before"].get(metric),
+        "metric": scores.get(metric),
     }  # fmt: skip
 
 
 def write_table(out, rows, notes):
-    """table.md, table.json and table.png; prints the table."""
-    metric = next((name for row in rows for name in row.get("metric", ())), None)
-    head = ["method", "trained", "seconds", "peak MB", "file MB", "validation loss", *([metric] if metric else [])]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    first = next((row for row in rows if "failed" not in row), None)
-    if first:
-        lines.append("| base |  |  |  |  | " + f"{first['val_loss_before']:.4f} |" + "  |" * bool(metric))
+    """table.md, table.json and table.png; prints the table. The base's scores are those before LoRA, say, trains."""
+    first = next((row for row in rows if row["method"] == "lora" and "failed" not in row), None)
+    first = first or next(row for row in rows if "failed" not in row)
+    metric = first["metric_name"]
+    head = ["method", "optimiser, rate", "trained", "seconds", "peak MB", "file MB", "validation loss", metric or ""]
+    base = ["base", *[""] * 5, f"{first['val_loss_before']:.4f}", f"{first['metric_before']:.4f}" if metric else ""]
+    cells = [head, ["---"] * len(head), base]
     for row in rows:
         if "failed" in row:
-            lines.append(f"| {row['method']} | failed: {row['failed']} |" + "  |" * (len(head) - 2))
+            cells.append([row["method"], f"failed: {row['failed']}", *[""] * 6])
             continue
-        cells = [row["method"], f"{row['trainable']:,}", f"{row['seconds']:.0f}", f"{row['peak_mb']:,.0f}",
-                 f"{row['file_mb']:.2f}", f"{row['val_loss']:.4f}"]  # fmt: skip
-        lines.append("| " + " | ".join([*cells, *(f"{x:.4f}" for x in row["metric"].values())]) + " |")
-    text = "\n".join([*lines, "", *notes]) + "\n"
+        cells.append([row["method"], row["optimizer"], f"{row['trainable']:,}", f"{row['seconds']:.0f}",
+                      f"{row['peak_mb']:,.0f}", f"{row['file_mb']:.2f}", f"{row['val_loss']:.4f}",
+                      f"{row['metric']:.4f}" if metric else ""])  # fmt: skip
+    text = "".join("| " + " | ".join(line) + " |\n" for line in cells) + "\n" + "\n".join(notes) + "\n"
     print("\n" + text)
     write_beside(out / "table.md", lambda beside: beside.write_text(text, encoding="utf-8"))
     write_json(out / "table.json", {"rows": rows, "notes": notes})
@@ -439,7 +470,6 @@ def write_table(out, rows, notes):
     for row in ok:
         axes.plot(row["trainable"], row["val_loss"], "o")
         axes.annotate(row["method"], (row["trainable"], row["val_loss"]), (4, 4), textcoords="offset points")
-    if ok:
-        axes.axhline(ok[0]["val_loss_before"], linestyle=":", color="grey")
+    axes.axhline(first["val_loss_before"], linestyle=":", color="grey")
     axes.set(xlabel="parameters that train", ylabel="validation loss, nats", xscale="log")
     write_beside(out / "table.png", lambda beside: figure.savefig(beside, format="png", bbox_inches="tight"))

