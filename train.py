@@ -6,6 +6,7 @@
     python train.py --model bert                           pretrain a BERT; --model rnn, --model vae
     python train.py --task classify --finetune full        give it a task: classify, tag, qa; --task seq2seq
     python train.py --finetune distill                     teach a model of half the layers
+    python train.py --base smollm2 --finetune lora --data chats.jsonl      adapt a model that others pretrained
     python train.py --base out/gpt-lora --sample "Return"  use a result
 
 In order: settings, loop, runs, main. Beside it, models.py has the models, their adaptation and what they minimise,
@@ -265,7 +266,9 @@ def complete(s):
         raise ValueError(
             f"--task {s.task}: not for --model {s.model}; wanted --model {' or '.join(TASKS[s.task].models)}"
         )
-    if s.model == "vae" and (s.finetune in ("freeze", "distill") or s.adversarial or s.label_smoothing or s.augment):
+    if s.model == "vae" and (
+        s.finetune not in (None, "full", "lora") or s.adversarial or s.label_smoothing or s.augment
+    ):
         asked = [flag(name) for name in ("adversarial", "label_smoothing", "augment") if getattr(s, name)]
         asked = asked[0] if asked else f"--finetune {s.finetune}"
         raise ValueError(f"{asked}: a VAE has no blocks, classes or tokens for it; wanted another --model")
