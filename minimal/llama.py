@@ -265,7 +265,7 @@ class Llama(nn.Module):
 
     @classmethod
     def from_tensors(cls, config, tensors, attention=torch_attention, where="the tensors", copy=True):
-        """The model, in eval mode, of a dict as in config.json and {Hugging Face's name: tensor}: in float32, copied, or
+        """The model, in eval mode, of a dict as in config.json and {Hugging Face's name: tensor}: as float32, copied or
         with copy=False shared where it is that. Raises ValueError in one line that begins with `where`."""
         try:
             c, state = _config(config), dict(tensors)
