@@ -196,10 +196,14 @@ def load_adapted(folder, what):
         raise ValueError(
             f"{what} {folder}: peft_type {config.get('peft_type')!r} is not supported; wanted one of {known}"
         )
-    base = base_of(folder)
-    model, tokenizer = load_model(
-        base, f"the base of {folder},", run.get("settings", {}).get("task"), run.get("labels")
-    )
+    base, task, labels = base_of(folder), run.get("settings", {}).get("task"), run.get("labels")
+    if not run and config.get("task_type") == "SEQ_CLS":  # made by PEFT: the head is in its file, unnamed the labels
+        from safetensors import safe_open
+
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            heads = [file.get_slice(n).get_shape()[0] for n in file.keys() if n.endswith("classifier.weight")]  # noqa: SIM118
+        task, labels = "classify", [f"LABEL_{i}" for i in range(max(heads, default=2))]
+    model, tokenizer = load_model(base, f"the base of {folder},", task, labels)
     if run.get("base_sha256") not in (None, identity_of(base)):
         raise ValueError(f"{what} {folder}: its base {base} has changed since the adapter was trained")
     if kind := run.get("settings", {}).get("quantise"):

@@ -561,3 +561,26 @@ def test_a_text_begins_once_with_the_token_that_begins_texts(tmp_path):
         oracle = tokenizers.Tokenizer.from_str(json.dumps(tree | {"post_processor": processor}))
         ours = [*tasks.start_ids(tokenizer), *tokenizer.encode("def f(x)")]
         assert ours == oracle.encode("def f(x)").ids and ours.count(300) == 1
+
+
+def test_a_classifier_that_peft_made_is_opened(capsys):
+    """Its head lies in the adapter's file; what the labels are called is not said there."""
+    import peft
+    import transformers
+
+    train.main([*TINY, "--task", "classify", "--data", write("rows.jsonl", ROWS), "--out", "out/bert", "--steps", "1"])
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    config = transformers.BertConfig(vocab_size=300, num_labels=3, **sizes)
+    base = transformers.BertForSequenceClassification(config)
+    base.save_pretrained("base")
+    pathlib.Path("base/tokenizer.json").write_bytes(pathlib.Path("out/bert/tokenizer.json").read_bytes())
+    base.name_or_path = "base"
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    for p in theirs.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p)
+    theirs.save_pretrained("lora")
+    ours, _ = models.load_model("lora")
+    ids = torch.randint(300, (3, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs.eval()(ids).logits, rtol=1e-5, atol=1e-5)
