@@ -129,7 +129,7 @@ def fetch(name):
 def load_tokenizer(path):
     """The tokenizer of a model's folder or .gguf, with its chat_template, the Jinja text that came with it, or None."""
     if path.is_file():
-        tree, template, ids = gguf_format.tokenizer_of(path)
+        tree, template, _ = gguf_format.tokenizer_of(path)
         tokenizer = PretrainedBPE(tree)
     else:
         template, file = None, path / "tokenizer.json"
@@ -204,7 +204,7 @@ def load_adapted(folder, what):
             heads = [file.get_slice(n).get_shape()[0] for n in file.keys() if n.endswith("classifier.weight")]  # noqa: SIM118
         task, labels = "classify", [f"LABEL_{i}" for i in range(max(heads, default=2))]
     model, tokenizer = load_model(base, f"the base of {folder},", task, labels)
-    if run.get("base_sha256") not in (None, identity_of(base)):
+    if run.get("base_sha256") and run["base_sha256"] != identity_of(base):
         raise ValueError(f"{what} {folder}: its base {base} has changed since the adapter was trained")
     if kind := run.get("settings", {}).get("quantise"):
         quant.quantise(model, kind)
@@ -279,9 +279,8 @@ def adapt(s, model, data=None):
         if hasattr(model, name):
             getattr(model, name).requires_grad_(True)
     if s.finetune == "lora":
-        lora.lora_parameters(
-            model
-        )  # refuses what could not be saved: a head that is adapted and trains in full as well
+        # Refuses what could not be saved: a head that is adapted and trains in full as well.
+        lora.lora_parameters(model)
 
 
 def first_words(s, data):
