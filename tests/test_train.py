@@ -334,7 +334,7 @@ def test_resuming_on_a_changed_base(monkeypatch, capsys):
         lora()
     undo()
     pretrain("--overwrite", "--lr", "0.02")
-    fails(["--resume", "out/gpt-lora"], capsys, "out/gpt/model.safetensors", "no longer what the run began with")
+    fails(["--resume", "out/gpt-lora"], capsys, "the weights of out/gpt", "no longer what the run began with")
 
 
 # --- the gradient -----------------------------------------------------------------------------------------------------
