@@ -331,10 +331,7 @@ def chat_format(tokenizer):
 def answer(s, model, tokenizer, messages, new_tokens=None):
     """Yields the pieces of an assistant's answer to messages."""
     chat = chat_format(tokenizer)
-    generator = torch.Generator(s.device).manual_seed(s.seed)
-    how = dict(temperature=s.temperature, top_p=s.top_p, generator=generator, eos_id=chat.end)
-    how["context"] = context_of(model)
-    return stream_text(model, tokenizer, chat.prompt(messages), new_tokens or s.new_tokens, **how)
+    return drawn(s, model, tokenizer, chat.prompt(messages), new_tokens or s.new_tokens, eos_id=chat.end)
 
 
 def eval_tokens(base):
@@ -463,18 +460,16 @@ def rows_of(s):
 
 def chats_of(s):
     """(train, val): the conversations of --data, checked and split."""
-    if LABELLED.get(s.data) == "seq2seq" or s.data.startswith("hf:"):
-        parts = {"train": SOURCES[s.data]()} if s.data in SOURCES else load_hub(s.data[3:])
-        chats = []
-        for name in [*parts][:1]:
-            for i, row in enumerate(parts[name], 1):
-                row = {"prompt": row["source"], "completion": row["target"]} if s.data in SOURCES else row
-                chats.append(read_row(row, f"{s.data}:{i}"))
-        return split(chats)
-    if s.data in SOURCES:
+    if s.data in SOURCES and LABELLED.get(s.data) != "seq2seq":
         wanted = next(name for name, task in LABELLED.items() if task == "seq2seq")
         raise ValueError(f"--data {s.data}: holds no conversations; wanted a .jsonl, hf:OWNER/NAME or {wanted}")
-    return split(*read_conversations(s.data))
+    if s.data in SOURCES:
+        rows = ({"prompt": row["source"], "completion": row["target"]} for row in SOURCES[s.data]())
+    elif s.data.startswith("hf:"):
+        rows = next(iter(load_hub(s.data[3:]).values()))  # "train", where there is one; a tenth of it validates
+    else:
+        return split(*read_conversations(s.data))
+    return split([read_row(row, f"{s.data}:{i}") for i, row in enumerate(rows, 1)])
 
 
 def rows_to_score(s, labels):
@@ -725,11 +720,15 @@ def show(task, row, answer):
 
 
 def continue_text(s, model, tokenizer, prompt):
-    """Yields the pieces of a continuation, drawn with a generator of its own: a sample does not move training's."""
+    """Yields the pieces of a continuation."""
+    return drawn(s, model, tokenizer, [*start_ids(tokenizer), *tokenizer.encode(prompt)], s.new_tokens)
+
+
+def drawn(s, model, tokenizer, ids, new_tokens, **how):
+    """Yields the pieces of what follows ids, drawn with a generator of its own: a sample does not move training's."""
+    how |= dict(temperature=s.temperature, top_p=s.top_p, context=context_of(model))
     generator = torch.Generator(s.device).manual_seed(s.seed)
-    how = dict(temperature=s.temperature, top_p=s.top_p, generator=generator, context=context_of(model))
-    ids = [*start_ids(tokenizer), *tokenizer.encode(prompt)]
-    return stream_text(model, tokenizer, ids, s.new_tokens, **how)
+    return stream_text(model, tokenizer, ids, new_tokens, generator=generator, **how)
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ import io
 import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -83,7 +82,18 @@ from tasks import (
     prepare_text,
     rows_of,
 )
-from uses import RUN_FILES, check_free, compare, export, few_shot, merge, report, score, show_data, write_text
+from uses import (
+    check_free,
+    compare,
+    export,
+    few_shot,
+    merge,
+    report,
+    score,
+    show_data,
+    write_text,
+    written_beside,
+)
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
@@ -510,7 +520,7 @@ def finished(s, status="finished"):
     task, methods = s.task, (None,)
     if s.finetune == "distill" and task in FIELDS:
         methods = (None, "full", "freeze", "lora")
-    elif task == "chat" or (s.model == "bert" and task in FIELDS):
+    else:
         task = TASK_OF[s.model]
 
     def wanted(run):
@@ -525,9 +535,7 @@ def find_base(s):
     root, base = Path(s.out).parent, finished(s)
     if base is None:
         same = "model size tokenizer vocab_size cell latent reconstruction beta seed device dtype threads".split()
-        new = Settings(**{name: getattr(s, name) for name in same}, task="mlm" if s.model == "bert" else s.task)
-        if s.task == "chat":
-            new.task = "lm"
+        new = Settings(**{name: getattr(s, name) for name in same}, task=TASK_OF[s.model])
         if s.finetune == "distill" and s.task in FIELDS and s.model == "bert":
             new.task, new.finetune, new.data = s.task, "full", s.data
         elif new.task in FIELDS:
@@ -654,19 +662,11 @@ def run(s, resume=False):
             raise ValueError(f"--resume {out}: the weights of {s.base} are no longer what the run began with")
         model, data, teacher = set_up(s, out, resume=True)
         labels, trained = getattr(data, "labels", ()), count(model)[1]
-    else:  # set up beside --out, in the nearest folder that exists: what is there stays until that has worked
-        place = next(parent for parent in out.absolute().parents if parent.is_dir())
-        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
-        try:
+    else:
+        with written_beside(out) as beside:  # what is in --out stays until all is set up
             model, data, teacher = set_up(s, beside)
             labels, trained = getattr(data, "labels", ()), count(model)[1]
             record("begun", {"step": 0}, beside)
-            out.mkdir(parents=True, exist_ok=True)
-            runs.clear(out, RUN_FILES)
-            for path in sorted(beside.iterdir()):  # args.json first
-                os.replace(path, out / path.name)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
         data.folder = out / "state"  # where its files lie now
 
     progress = fit(s, model, data, teacher, out, resume, record)
@@ -775,6 +775,8 @@ def main(argv=None):
             use = load_for(action, s)
             if action == "--export":
                 return export(s, *use, value, s.out if "out" in given else None)
+            if "shots" in given and s.model not in TASKS["chat"].models:
+                raise ValueError(f"--shots {s.shots}: {use[0]} is a {s.model}; wanted a language model to show them to")
             if action == "--eval" and labelled and s.model in TASKS["chat"].models:
                 return few_shot(s, *use, s.data if "data" in given else None)
             if action in ("--sample", "--chat"):

@@ -244,7 +244,7 @@ def written_beside(out):
         yield beside
         out.mkdir(parents=True, exist_ok=True)
         runs.clear(out, [*RUN_FILES, *(path.name for path in out.glob("model*.safetensors*"))])
-        for path in sorted(beside.iterdir()):
+        for path in sorted(beside.iterdir()):  # args.json first, by which a run is known
             os.replace(path, out / path.name)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -381,17 +381,8 @@ def rows_of_batch(batch):
         yield [row[t] for t in kept], [own[t] for t in kept], note
 
 
-METHODS = {  # of --finetune all: its name, and the flags that say it
-    "full": ["full"],
-    "freeze": ["freeze"],
-    "surgical": ["surgical"],
-    "lora": ["lora"],
-    "dora": ["lora", "--dora"],
-    "qlora": ["lora", "--quantise", "nf4"],
-    "adapter": ["adapter"],
-    "prefix": ["prefix"],
-    "prompt": ["prompt"],
-}
+METHODS = "full freeze surgical lora dora qlora adapter prefix prompt".split()  # of --finetune all
+FLAGS = {"dora": "lora --dora", "qlora": "lora --quantise nf4"}  # where the name is not what --finetune takes
 
 
 def compare(s, given, base):
@@ -402,20 +393,13 @@ def compare(s, given, base):
     runs.clear(out, RUN_FILES)
     kept = [name for name in given if name not in ("finetune", "base", "out", "overwrite")]
     same = [flag(n) if getattr(s, n) is True else f"{flag(n)}={getattr(s, n)}" for n in kept]
-    for method, flags in METHODS.items():
+    for method in METHODS:
         print(f"\n=== {method}", flush=True)
         where = out / method
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("train.py")),
-            *same,
-            "--base",
-            base,
-            "--finetune",
-            *flags,
-        ]
-        done = subprocess.run([*command, "--out", str(where), "--overwrite"], stderr=subprocess.PIPE, text=True)
-        if done.returncode == 130 or done.returncode > 128:
+        command = [sys.executable, Path(__file__).with_name("train.py"), *same, "--base", base, "--out", where]
+        command += ["--overwrite", "--finetune", *FLAGS.get(method, method).split()]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode > 128:
             raise KeyboardInterrupt
         if done.returncode:
             why = done.stderr.strip().splitlines()[-1].removeprefix("train.py: error: ") if done.stderr.strip() else "?"

@@ -94,13 +94,17 @@ def encode(task: str, rows: Sequence[dict], tokenizer, length: int, labels: Sequ
 def _place(context, tokenizer):
     """-> (ids of the context, the characters [start, end) that each touches)"""
     ids = tokenizer.encode(context)
-    if tokenizer.decode_bytes(ids) != context.encode():  # WordPiece, which cuts at spaces and punctuation: word by word
-        parts = [(m.start(), m.end(), tokenizer.encode(m[0])) for m in re.finditer(r"\w+|[^\w\s]", context)]
-        return [i for *_, ids in parts for i in ids], [(a, b) for a, b, ids in parts for _ in ids]
+    pieces = [tokenizer.decode_bytes([i]) for i in ids]
+    if b"".join(pieces) != context.encode():  # WordPiece, which cuts at spaces and punctuation: word by word
+        for words in (r"\w+|[^\w\s]", r"\S+"):  # the second: where an accent stands in a word as a mark of its own
+            parts = [(m.start(), m.end(), tokenizer.encode(m[0])) for m in re.finditer(words, context)]
+            if ids == [i for *_, few in parts for i in few]:
+                break
+        return [i for *_, few in parts for i in few], [(a, b) for a, b, few in parts for _ in few]
     at_byte = [i for i, c in enumerate(context) for _ in c.encode()] + [len(context)]  # byte -> character
     offsets, here = [], 0
-    for i in ids:
-        there = here + len(tokenizer.decode_bytes([i]))
+    for piece in pieces:
+        there = here + len(piece)
         offsets.append((at_byte[here], at_byte[there - 1] + 1))
         here = there
     return ids, offsets

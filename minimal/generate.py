@@ -106,6 +106,7 @@ def stream(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=Non
     if context is None:
         config = getattr(model, "config", None)
         context = getattr(config, "n_positions", getattr(config, "max_position_embeddings", None))
+        context = None if context is None else context - getattr(model, "position_offset", 0)  # less a prefix's places
     if context is not None and context < 1:
         raise ValueError(f"context = {context}: wanted 1 or more")
     window = ids if context is None else ids[:, -context:]  # what the model reads as one text

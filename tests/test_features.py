@@ -2,6 +2,7 @@
 """Batches of labelled rows and answers from logits: `tokenizers` and transformers are the oracles, or a double loop."""
 
 import math
+import re
 import time
 
 import hypothesis
@@ -12,8 +13,9 @@ import torch
 import transformers
 
 from minimal.examples import check_row
-from minimal.features import LONGEST_ANSWER, POOL, answers, collate, encode, epoch_batches
+from minimal.features import LONGEST_ANSWER, POOL, _place, answers, collate, encode, epoch_batches
 from minimal.tokenizer import END, Tokenizer
+from minimal.wordpiece import WordPiece
 
 SPECIAL = (END, "[PAD]", "[CLS]", "[SEP]", "[MASK]")
 CORPUS = [
@@ -545,3 +547,16 @@ def test_special_tokens_in_a_text_are_text(bpe):
         special = {bpe.token_to_id(token) for token in SPECIAL}
         places = [i for i, token in enumerate(f["ids"]) if token in special]
         assert places in ([0, f.get("head", 0) - 1, len(f["ids"]) - 1], [0, len(f["ids"]) - 1])
+
+
+@hypothesis.given(st.text(alphabet="abé e\u0301Z9 ,._-\n東", max_size=30))
+def test_pieces_of_a_tokenizer_that_loses_text_are_placed(context):
+    """WordPiece, which lower-cases and drops accents: the ids of the whole text, each with characters that hold it."""
+    vocab = {t: i for i, t in enumerate(["[UNK]", "[CLS]", "[SEP]", *"abez9,._-東", *(f"##{c}" for c in "abez9")])}
+    tokenizer = WordPiece(vocab)
+    oracle = tokenizers.BertWordPieceTokenizer(vocab, lowercase=True)
+    want = oracle.encode(context, add_special_tokens=False)
+    ids, offsets = _place(context, tokenizer)
+    assert ids == want.ids
+    for (a, b), (start, end) in zip(offsets, want.offsets, strict=True):
+        assert a <= start < end <= b and not re.search(r"\s", context[a:b])

@@ -584,3 +584,8 @@ def test_a_classifier_that_peft_made_is_opened(capsys):
     ids = torch.randint(300, (3, 7))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_shots_of_a_model_that_reads_no_prompt(capsys):
+    train.main([*TINY, "--task", "classify", "--data", write("rows.jsonl", ROWS), "--out", "out/bert", "--steps", "1"])
+    fails(["--base", "out/bert", "--eval", "--shots", "2"], capsys, "--shots 2", "is a bert")

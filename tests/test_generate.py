@@ -592,3 +592,11 @@ def test_text_errors():
         list(stream_text(Table(torch.zeros(9, 9)), Pieces(), "a", 3, stop=["a", ""]))
     with pytest.raises(ValueError, match="prompt = '': wanted some text"):
         list(stream_text(Table(torch.zeros(9, 9)), Pieces(), "", 3, eos_id=None))
+
+
+def test_a_prefix_leaves_less_of_the_context():
+    """position_offset places are taken: the window that is read stays so much shorter, with a cache and without."""
+    model = GPT(GPTConfig(50, 16, 16, 1, 2, dropout=0.0)).eval()
+    model.position_offset, ids = 4, torch.arange(10)[None]
+    a, b = (generate(model, ids, 20, temperature=0, use_cache=use_cache) for use_cache in (True, False))
+    assert a.shape == (1, 30) and torch.equal(a, b)

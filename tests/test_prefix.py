@@ -106,7 +106,7 @@ def run(model, ids=IDS):
 @torch.no_grad()
 def stir(model):
     generator = torch.Generator().manual_seed(1)
-    for p in prefix_parameters(model):
+    for p in (p for p in model.parameters() if p.requires_grad):
         p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3)
     return model
 

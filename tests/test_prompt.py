@@ -3,127 +3,42 @@
 
 import copy
 import json
-import warnings
 
 import hypothesis
 import hypothesis.strategies as st
 import peft
 import pytest
 import safetensors.torch
+import test_prefix
 import torch
 import torch.nn.functional as F
 import transformers
+from test_prefix import (
+    HF,
+    IDS,
+    KINDS,
+    MODELS,
+    OURS,
+    WORDS,
+    bert,
+    bits,
+    close,
+    files,
+    gpt,
+    run,
+    same_bits,
+    stir,
+    theirs,
+    transformer,
+)
 from torch import nn
 
-from minimal.bert import BERT, BERTConfig
+from minimal.bert import BERT
 from minimal.checkpoint import load_checkpoint, save_checkpoint
-from minimal.gpt import GPT, GPTConfig
-from minimal.llama import Llama
 from minimal.prompt import add_prompt, load_prompt, prompt_parameters, remove_prompt, save_prompt
-from minimal.transformer import Transformer, TransformerConfig, greedy
+from minimal.transformer import greedy
 
-IDS = torch.arange(14).reshape(2, 7) * 5 % 48
-WORDS = [3, 1, 4]
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(peft|transformers|torch)\.")
-        yield
-
-
-def theirs(kind):
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=48, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
-        return transformers.GPT2LMHeadModel(config).eval()
-    config = transformers.LlamaConfig(
-        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, bos_token_id=0, eos_token_id=0,
-        tie_word_embeddings=False)  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Models of transformers with large weights, so that attention is far from uniform, and their folders."""
-    made = {}
-    for kind in ("gpt2", "llama"):
-        model, folder = theirs(kind), tmp_path_factory.mktemp(kind)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if p.dim() == 2 and "wpe" not in name:
-                    p.mul_(10)
-        model.save_pretrained(folder)
-        made[kind] = folder
-    return made
-
-
-HF = {"gpt2": transformers.GPT2LMHeadModel, "llama": transformers.LlamaForCausalLM}
-OURS = {"gpt2": GPT, "llama": Llama}
-KINDS = list(OURS)
-
-
-def loud(model):
-    """Fresh weights are so small that attention is all but uniform and a prefix has little to say."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.mul_(10)
-    return model
-
-
-def gpt(**sizes):
-    torch.manual_seed(0)
-    small = dict(vocab_size=48, n_positions=32, n_embd=16, n_layer=2, n_head=2, dropout=0.0)
-    return loud(GPT(GPTConfig(**{**small, **sizes})))
-
-
-def bert(task="classify", labels=("a", "b", "c"), **sizes):
-    torch.manual_seed(0)
-    return loud(BERT(BERTConfig(48, 16, 2, 2, 24, 32, 2, 0.0, task=task, labels=labels, **sizes))).eval()
-
-
-def transformer():
-    torch.manual_seed(0)
-    return Transformer(TransformerConfig(48, 16, 2, 2, 2, 24, dropout=0.0, norm="pre", eos_token_id=1)).eval()
-
-
-MODELS = {"gpt": gpt, "bert": bert, "transformer": transformer}
-
-
-def run(model, ids=IDS):
-    with torch.no_grad():
-        return model(ids, ids) if isinstance(model, Transformer) else model(ids)
-
-
-@torch.no_grad()
-def stir(model):
-    generator = torch.Generator().manual_seed(1)
-    for p in prompt_parameters(model):
-        p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3)
-    return model
-
-
-def bits(tensors):
-    return {n: (t.dtype, t.detach().contiguous().view(torch.uint8).clone()) for n, t in tensors.items()}
-
-
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(a[n][0] == b[n][0] and torch.equal(a[n][1], b[n][1]) for n in a)
-
-
-def files(folder):
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return safetensors.torch.load_file(folder / "adapter_model.safetensors"), config
-
-
-def close(a, b, atol=1e-5):
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+_quiet, folders = test_prefix._quiet, test_prefix.folders  # fixtures
 
 
 # ---- PEFT as the oracle -------------------------------------------------------------------------------------------
