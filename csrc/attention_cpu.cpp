@@ -8,9 +8,9 @@
 namespace minimal {
 
 struct Attention {
-  View q, k, v, mask, out, lse;
-  float scale;
-  bool causal;
+  View q, k, v;
+  Scores scores;
+  View out, lse;
   View dout, dq, dk, dv;  // backward only
 };
 constexpr int64_t QUERIES = 64;  // in a tile: four AVX-512 vectors
@@ -44,15 +44,15 @@ int64_t threads(Parallel parallel) {
 
 }  // namespace
 
-void attention_forward(View q, View k, View v, View mask, float scale, bool causal, View out, View lse,
-                       Parallel parallel) {
-  Attention a{q, k, v, mask, out, lse, scale, causal, {}, {}, {}, {}};
+void attention_forward(View q, View k, View v, const Scores& scores, View out, View lse, Parallel parallel) {
+  if (decode_takes(q, k, v)) return decode_forward(q, k, v, scores, out, lse, parallel);
+  Attention a{q, k, v, scores, out, lse, {}, {}, {}, {}};
   run(a, q.size[0] * q.size[1] * ((q.size[2] + QUERIES - 1) / QUERIES), MINIMAL_BEST(forward_tiles), parallel);
 }
 
-void attention_backward(View dout, View q, View k, View v, View out, View lse, View mask, float scale, bool causal,
-                        View dq, View dk, View dv, Parallel parallel) {
-  Attention a{q, k, v, mask, out, lse, scale, causal, dout, dq, dk, dv};
+void attention_backward(View dout, View q, View k, View v, View out, View lse, const Scores& scores, View dq, View dk,
+                        View dv, Parallel parallel) {
+  Attention a{q, k, v, scores, out, lse, dout, dq, dk, dv};
   const int64_t heads = k.size[0] * k.size[1];
   if (heads == 0) return;
   // A thread takes whole key-value heads (5 products a head), unless so many threads would then stand idle that

@@ -5,7 +5,7 @@
 
 namespace minimal {
 
-enum class Type { f32, bf16, boolean };
+enum class Type { f32, bf16, boolean, i32 };
 
 // A tensor of four dimensions. Strides count elements; 0 repeats (a broadcast mask). data == nullptr: absent.
 struct View {
@@ -23,11 +23,28 @@ void softmax_forward(View x, View mask, float scale, bool causal, View y, Parall
 // dx = scale * y * (dy - sum(dy * y))
 void softmax_backward(View dy, View y, float scale, View dx, Parallel parallel);
 
-// q (B,H,Tq,D) k (B,Hkv,Tk,D) v (B,Hkv,Tk,Dv) mask (B,H,Tq,Tk) -> out (B,H,Tq,Dv), lse (B,H,Tq,1) float32
-void attention_forward(View q, View k, View v, View mask, float scale, bool causal, View out, View lse, Parallel parallel);
+// What becomes of the scores q k before their softmax. A query sees one interval of keys, whose ends never fall as the
+// queries go on: causal (aligned bottom-right), window and documents only move these ends.
+struct Scores {
+  float scale;
+  View mask;                            // (B,H,Tq,Tk), boolean or additive
+  bool causal = false;
+  int64_t window = 0;                   // > 0: only keys nearer than this to the query's own place
+  const int32_t* documents = nullptr;   // cu_seqlens: boundaries in the tokens of all rows laid end to end, rising
+  int64_t boundaries = 0;               // how many
+  View slopes;                          // (B,H,1,1), ALiBi: minus slope times the distance is added
+  float softcap = 0;                    // > 0: softcap * tanh(score / softcap), before slopes and mask
+};
+
+// q (B,H,Tq,D) k (B,Hkv,Tk,D) v (B,Hkv,Tk,Dv) -> out (B,H,Tq,Dv), lse (B,H,Tq,1) float32
+void attention_forward(View q, View k, View v, const Scores& scores, View out, View lse, Parallel parallel);
 // dq, dk, dv are written whole: the caller need not clear them.
-void attention_backward(View dout, View q, View k, View v, View out, View lse, View mask, float scale, bool causal,
-                        View dq, View dk, View dv, Parallel parallel);
+void attention_backward(View dout, View q, View k, View v, View out, View lse, const Scores& scores, View dq, View dk,
+                        View dv, Parallel parallel);
+
+// The same for a single query over long k and v, where all of the time is reading them (decode_cpu.cpp).
+bool decode_takes(const View& q, const View& k, const View& v);
+void decode_forward(View q, View k, View v, const Scores& scores, View out, View lse, Parallel parallel);
 
 // The instruction sets compiled in that this processor can run, best first, comma-separated ("avx512,avx2,generic");
 // and the choice of one by name ("" for the best; MINIMAL_ISA in the environment sets the first choice). False: unknown name.

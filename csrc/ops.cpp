@@ -69,14 +69,16 @@ std::string dtype_name(int32_t dtype) {
 const char* name_of(Type type) {
   return type == Type::f32 ? "float32" : type == Type::bf16 ? "bfloat16" : "bool";
 }
-int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : type == Type::bf16 ? 2 : 1; }
+int64_t bytes_of(Type type) { return type == Type::bf16 ? 2 : type == Type::boolean ? 1 : 4; }
 
 struct Dtypes {
   bool f32, bf16, boolean;
   const char* text;
+  bool i32 = false;
 };
 constexpr Dtypes kFloats{true, true, false, "float32 or bfloat16"};
 constexpr Dtypes kFloat32{true, false, false, "float32"};
+constexpr Dtypes kInt32{false, false, false, "int32", true};
 constexpr Dtypes kMasks{true, true, true, "bool, float32 or bfloat16"};
 
 // What a kernel may be shown of a tensor of up to four dimensions, aligned to the right: (Tq, Tk) becomes (1, 1, Tq, Tk).
@@ -93,6 +95,7 @@ View view(const char* op, const char* name, const Tensor& t, const Dtypes& wante
   if (wanted.f32 && dtype == aoti_torch_dtype_float32()) v.type = Type::f32;
   else if (wanted.bf16 && dtype == aoti_torch_dtype_bfloat16()) v.type = Type::bf16;
   else if (wanted.boolean && dtype == aoti_torch_dtype_bool()) v.type = Type::boolean;
+  else if (wanted.i32 && dtype == aoti_torch_dtype_int32()) v.type = Type::i32;
   else STD_TORCH_CHECK(false, op, ": ", name, " has dtype ", dtype_name(dtype), "; wanted ", wanted.text);
 
   const int64_t dim = t.dim();
@@ -154,11 +157,15 @@ View mask_view(const char* op, const std::optional<Tensor>& mask, Type type, con
   return m;
 }
 
-// A new contiguous tensor; the first `dim` sizes count.
-Tensor empty(const char* op, const Sizes& sizes, int64_t dim, Type type) {
+// Of (B, H, T, D) in memory, what lies outermost first: B, T, H, D where a tensor's heads lie inside its tokens.
+bool heads_inside(const View& v) { return v.stride[1] > 0 && v.stride[1] < v.stride[2]; }
+
+// A new tensor without gaps, dimensions in memory order if not `heads_inside`; the first `dim` sizes count.
+Tensor empty(const char* op, const Sizes& sizes, int64_t dim, Type type, bool heads_inside = false) {
   Sizes strides{1, 1, 1, 1};
   int64_t n = bytes_of(type), length = 1;
-  for (int64_t d = dim - 1; d >= 0; d--) {
+  for (int64_t i = dim - 1; i >= 0; i--) {
+    const int64_t d = heads_inside && (i == 1 || i == 2) ? 3 - i : i;
     strides[d] = length;
     const int64_t size = sizes[d] > 0 ? sizes[d] : 1;  // the stride under an empty dimension, as torch writes it
     STD_TORCH_CHECK(!__builtin_mul_overflow(n, size, &n), op, ": a result of shape ", text(sizes.data(), dim), " is too large");
@@ -171,13 +178,14 @@ Tensor empty(const char* op, const Sizes& sizes, int64_t dim, Type type) {
   return Tensor(handle);
 }
 
-// The view of a tensor that we have just made: contiguous, `dim` dimensions aligned to the right or, for lse, to the left.
-View fresh(const Tensor& t, const Sizes& sizes, Type type) {
+// The view of a tensor that we have just made: `dim` dimensions aligned to the right or, for lse, to the left.
+View fresh(const Tensor& t, const Sizes& sizes, Type type, bool heads_inside = false) {
   View v;
   v.data = t.mutable_data_ptr();
   v.type = type;
   int64_t stride = 1;
-  for (int d = 3; d >= 0; d--) {
+  for (int i = 3; i >= 0; i--) {
+    const int d = heads_inside && (i == 1 || i == 2) ? 3 - i : i;
     v.size[d] = sizes[d];
     v.stride[d] = stride;
     stride *= sizes[d];
@@ -235,13 +243,25 @@ Tensor softmax_backward(const Tensor& grad, const Tensor& y, double scale) {
 }
 
 struct Qkv {
-  View q, k, v, mask;
+  View q, k, v;
+  minimal::Scores scores;
   Sizes out;  // (B, H, Tq, Dv)
   Sizes lse;  // (B, H, Tq, 1)
 };
 
-Qkv check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask) {
-  Qkv a{view(op, "q", q, kFloats, 4), view(op, "k", k, kFloats, 4), view(op, "v", v, kFloats, 4), View{}, {}, {}};
+// What is done to the scores, as the schema has it.
+struct Options {
+  const std::optional<Tensor>& mask;
+  double scale;
+  bool causal;
+  const std::optional<Tensor>& cu_seqlens;
+  int64_t window;
+  const std::optional<Tensor>& slopes;
+  double softcap;
+};
+
+Qkv check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
+  Qkv a{view(op, "q", q, kFloats, 4), view(op, "k", k, kFloats, 4), view(op, "v", v, kFloats, 4), {}, {}, {}};
   check_same_type(op, "k", a.k, "q", a.q.type);
   check_same_type(op, "v", a.v, "q", a.q.type);
   const int64_t B = a.q.size[0], H = a.q.size[1], Tq = a.q.size[2], D = a.q.size[3];
@@ -259,29 +279,60 @@ Qkv check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
   for (int64_t n : {H, Tq, Tk})
     STD_TORCH_CHECK(!__builtin_mul_overflow(scores, n, &scores) && scores <= kMaxScores, op, ": q has shape ", shape(q),
                     " and k ", shape(k), "; wanted at most ", kMaxScores, " scores");
-  a.mask = mask_view(op, mask, a.q.type, {B, H, Tq, Tk});
   a.out = {B, H, Tq, Dv};
   a.lse = {B, H, Tq, 1};
+
+  minimal::Scores& s = a.scores;
+  s.scale = static_cast<float>(o.scale);
+  s.mask = mask_view(op, o.mask, a.q.type, {B, H, Tq, Tk});
+  s.causal = o.causal;
+  STD_TORCH_CHECK(o.window >= 0 && o.window <= kMaxLength, op, ": window is ", o.window, "; wanted 0 (none) to ", kMaxLength);
+  s.window = o.window;
+  STD_TORCH_CHECK(o.softcap >= 0 && o.softcap < std::numeric_limits<float>::max(), op, ": softcap is ", o.softcap,
+                  "; wanted 0 (none) or a positive number");
+  s.softcap = static_cast<float>(o.softcap);
+  if (o.slopes.has_value()) {
+    const View m = view(op, "slopes", *o.slopes, kFloat32, 1);
+    STD_TORCH_CHECK(o.slopes->dim() <= 2 && m.size[3] == H && (o.slopes->dim() == 1 || m.size[2] == B), op,
+                    ": slopes has shape ", shape(*o.slopes), "; wanted (", H, ") or (", B, ", ", H, "), one a head");
+    s.slopes = {m.data, m.type, {B, H, 1, 1}, {m.stride[2], m.stride[3], 0, 0}};
+  }
+  if (o.cu_seqlens.has_value()) {
+    const View c = view(op, "cu_seqlens", *o.cu_seqlens, kInt32, 1);
+    STD_TORCH_CHECK(Tq == Tk, op, ": cu_seqlens with ", Tq, " queries and ", Tk, " keys; wanted as many of both");
+    STD_TORCH_CHECK(o.cu_seqlens->dim() == 1 && c.size[3] >= 2 && (c.stride[3] == 1 || c.size[3] == 1), op,
+                    ": cu_seqlens has shape ", shape(*o.cu_seqlens), "; wanted one dimension of 2 or more, without gaps");
+    s.documents = static_cast<const int32_t*>(c.data);
+    s.boundaries = c.size[3];
+    for (int64_t i = 0; i < s.boundaries; i++)
+      STD_TORCH_CHECK(s.documents[i] >= (i ? s.documents[i - 1] : 0), op, ": cu_seqlens[", i, "] is ", s.documents[i],
+                      "; wanted numbers that start at 0 and never fall");
+    STD_TORCH_CHECK(s.documents[0] == 0 && s.documents[s.boundaries - 1] == B * Tq, op, ": cu_seqlens goes from ",
+                    s.documents[0], " to ", s.documents[s.boundaries - 1], "; wanted 0 to ", B * Tq, " = B * T");
+  }
   return a;
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
-                                     double scale, bool causal) {
+                                     double scale, bool causal, const std::optional<Tensor>& cu_seqlens, int64_t window,
+                                     const std::optional<Tensor>& slopes, double softcap) {
   const char* op = "minimal::attention";
-  const Qkv a = check_qkv(op, q, k, v, mask);
-  Tensor out = empty(op, a.out, 4, a.q.type);
+  const Qkv a = check_qkv(op, q, k, v, {mask, scale, causal, cu_seqlens, window, slopes, softcap});
+  const bool inside = heads_inside(a.q);  // the result is laid out as q is
+  Tensor out = empty(op, a.out, 4, a.q.type, inside);
   Tensor lse = empty(op, a.lse, 3, Type::f32);
   if (!is_empty(a.out))
-    minimal::attention_forward(a.q, a.k, a.v, a.mask, static_cast<float>(scale), causal, fresh(out, a.out, a.q.type),
+    minimal::attention_forward(a.q, a.k, a.v, a.scores, fresh(out, a.out, a.q.type, inside),
                                fresh(lse, a.lse, Type::f32), parallel);
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                                                       const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask,
-                                                      double scale, bool causal) {
+                                                      double scale, bool causal, const std::optional<Tensor>& cu_seqlens,
+                                                      int64_t window, const std::optional<Tensor>& slopes, double softcap) {
   const char* op = "minimal::attention_backward";
-  const Qkv a = check_qkv(op, q, k, v, mask);
+  const Qkv a = check_qkv(op, q, k, v, {mask, scale, causal, cu_seqlens, window, slopes, softcap});
   const View vg = view(op, "grad", grad, kFloats, 4), vo = view(op, "out", out, kFloats, 4);
   check_same_type(op, "grad", vg, "q", a.q.type);
   check_same_type(op, "out", vo, "q", a.q.type);
@@ -296,10 +347,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
   }
 
   const Sizes sq = sizes_of(a.q), sk = sizes_of(a.k), sv = sizes_of(a.v);
-  Tensor dq = empty(op, sq, 4, a.q.type), dk = empty(op, sk, 4, a.q.type), dv = empty(op, sv, 4, a.q.type);
+  const bool q_inside = heads_inside(a.q), k_inside = heads_inside(a.k), v_inside = heads_inside(a.v);
+  const Type type = a.q.type;
+  Tensor dq = empty(op, sq, 4, type, q_inside), dk = empty(op, sk, 4, type, k_inside), dv = empty(op, sv, 4, type, v_inside);
   if (!is_empty(sq) || !is_empty(sk))
-    minimal::attention_backward(vg, a.q, a.k, a.v, vo, vl, a.mask, static_cast<float>(scale), causal, fresh(dq, sq, a.q.type),
-                                fresh(dk, sk, a.q.type), fresh(dv, sv, a.q.type), parallel);
+    minimal::attention_backward(vg, a.q, a.k, a.v, vo, vl, a.scores, fresh(dq, sq, type, q_inside),
+                                fresh(dk, sk, type, k_inside), fresh(dv, sv, type, v_inside), parallel);
   return {dq, dk, dv};
 }
 
@@ -316,10 +369,13 @@ STABLE_TORCH_LIBRARY(minimal, m) {
   // with nothing to attend to gives zeros. lse is the natural logarithm of the sum of exponentials, -inf for such a row.
   m.def("softmax(Tensor x, Tensor? mask, float scale, bool causal) -> Tensor");
   m.def("softmax_backward(Tensor grad, Tensor y, float scale) -> Tensor");
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) -> (Tensor out, Tensor lse)");
-  m.def(
-      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, float scale, "
-      "bool causal) -> (Tensor, Tensor, Tensor)");
+  // window > 0: only keys nearer than that to the query's own place. cu_seqlens: where documents begin, in the tokens of
+  // all rows laid end to end. slopes: of ALiBi, one a head. softcap > 0: softcap * tanh(score / softcap), first of all.
+#define MINIMAL_OPTIONS \
+  "Tensor? mask, float scale, bool causal, Tensor? cu_seqlens=None, int window=0, Tensor? slopes=None, float softcap=0.0"
+  m.def("attention(Tensor q, Tensor k, Tensor v, " MINIMAL_OPTIONS ") -> (Tensor out, Tensor lse)");
+  m.def("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " MINIMAL_OPTIONS
+        ") -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minimal, CPU, m) {

@@ -7,8 +7,9 @@ softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), so that no Tq x Tk matr
     S = scale Q K^T + M      P = softmax(S)      O = P V      L_i = log sum_j exp S_ij  (kept for the backward pass)
     dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(dO * O))      dQ = scale dS K      dK = scale dS^T Q
 
-Departures from the paper: it is for CPUs; masks, grouped queries and causal with Tq != Tk (aligned bottom-right) are
-inside; a row with nothing to attend to gives zeros and zero gradients instead of NaN.
+Departures from the paper: it is for CPUs; masks, grouped queries, causal with Tq != Tk (aligned bottom-right), packed
+documents, a sliding window, ALiBi's slopes and a soft cap are inside; a single query, as in decoding, has a kernel of its
+own; a row with nothing to attend to gives zeros and zero gradients instead of NaN.
 
     from minimal import fused
     out = fused.attention(q, k, v, causal=True)     # the kernels where they can, else the same in plain PyTorch
@@ -73,14 +74,22 @@ def _like(x: Tensor, *others: Tensor | None) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_attention(q, k, v, mask, scale, causal):
-    _like(q, k, v, mask)
-    out = q.new_empty((*q.shape[:3], v.shape[3]))  # (B, H, Tq, Dv)
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)  # (B, H, Tq)
+def _laid_out_as(x: Tensor, size: int) -> Tensor:
+    """A fake (B, H, T, size), without gaps, its heads inside its tokens if x's are: (B, T, H, size) in memory."""
+    B, H, T = x.shape[:3]
+    if 0 < x.stride(1) < x.stride(2):
+        return x.new_empty((B, T, H, size)).transpose(1, 2)
+    return x.new_empty((B, H, T, size))
 
 
-def _fake_attention_backward(grad, q, k, v, out, lse, mask, scale, causal):
-    return _like(q, grad, k, v, out, lse, mask), _like(k), _like(v)
+def _fake_attention(q, k, v, mask, scale, causal, cu_seqlens=None, window=0, slopes=None, softcap=0.0):
+    _like(q, k, v, mask, cu_seqlens, slopes)
+    return _laid_out_as(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)  # (B, H, Tq, Dv), (B, H, Tq)
+
+
+def _fake_attention_backward(grad, q, k, v, out, lse, mask, scale, causal, cu_seqlens=None, *options):
+    _like(q, grad, k, v, out, lse, mask, cu_seqlens)
+    return tuple(_laid_out_as(x, x.shape[3]) for x in (q, k, v))
 
 
 def _register_rules() -> None:
@@ -110,19 +119,19 @@ def _softmax_backward(ctx, grad):
 
 
 def _attention_context(ctx, inputs, output):
-    q, k, v, mask, ctx.scale, ctx.causal = inputs
+    q, k, v, mask, ctx.scale, ctx.causal, cu_seqlens, ctx.window, slopes, ctx.softcap = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, mask)
+    ctx.save_for_backward(q, k, v, out, lse, mask, cu_seqlens, slopes)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # or a gradient of zeros would be made for lse
 
 
 def _attention_backward(ctx, grad, _):
     if grad is None:
-        return None, None, None, None, None, None
-    q, k, v, out, lse, mask = ctx.saved_tensors
-    dq, dk, dv = torch.ops.minimal.attention_backward(grad, q, k, v, out, lse, mask, ctx.scale, ctx.causal)
-    return dq, dk, dv, None, None, None
+        return (None,) * 10
+    q, k, v, out, lse, mask, cu_seqlens, slopes = ctx.saved_tensors
+    options = (mask, ctx.scale, ctx.causal, cu_seqlens, ctx.window, slopes, ctx.softcap)
+    return *torch.ops.minimal.attention_backward(grad, q, k, v, out, lse, *options), *(None,) * 7
 
 
 def _no_second_derivative(ctx, *grads):
@@ -186,6 +195,12 @@ def _unfit(name: str, x: Tensor) -> str | None:
     return None
 
 
+def _unfit_slopes(slopes: Tensor) -> str | None:
+    if slopes.requires_grad and torch.is_grad_enabled():
+        return "slopes need a gradient, which the fused path does not give"
+    return _unfit("slopes", slopes)
+
+
 def _unfit_mask(mask: Tensor, dtype: torch.dtype) -> str | None:
     if mask.requires_grad and torch.is_grad_enabled():
         return "mask needs a gradient, which the fused path does not give"
@@ -201,8 +216,9 @@ def why_not(
     *,
     mask: Tensor | None = None,
     dropout: float = 0.0,
+    slopes: Tensor | None = None,
 ) -> str | None:
-    """None when attention(q, k, v, mask=mask) runs fused; else one line that says why not. Give what is known.
+    """None when attention(q, k, v, mask=mask, ...) runs fused; else one line that says why not. Give what is known.
 
     Only what decides the path is looked at: shapes that do not fit together are for the operator, which raises.
     """
@@ -227,6 +243,8 @@ def why_not(
         if x.dim() != 4 or not 1 <= x.shape[3] <= MAX_HEAD_SIZE:
             wanted = f"4 dimensions, the last of 1 to {MAX_HEAD_SIZE}"
             return f"{name} has shape {tuple(x.shape)}; the fused path takes {wanted}"
+    if slopes is not None and (reason := _unfit_slopes(slopes)) is not None:
+        return reason
     return None if mask is None else _unfit_mask(mask, dtype or torch.float32)
 
 
@@ -234,23 +252,41 @@ def why_not(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int = 0,
+    slopes: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """softmax(scale q k^T + mask) v, fused where why_not(q, k, v, mask=mask) is None, else in plain PyTorch.
 
-    q (B, H, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) -> (B, H, Tq, Dv), contiguous, of q's dtype.
-    Hkv divides H: query head h uses key and value head h // (H // Hkv). float32 or bfloat16 (summed in float32), any
-    strides. mask: boolean (True: may attend) or additive, of any shape that broadcasts to (B, H, Tq, Tk); never copied.
+    q (B, H, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) -> (B, H, Tq, Dv) of q's dtype, laid out as q: without gaps,
+    and (B, Tq, H, Dv) in memory where q's heads lie inside its tokens. Hkv divides H: query head h uses key and value
+    head h // (H // Hkv). float32 or bfloat16 (summed in float32), any strides.
+    mask: boolean (True: may attend) or additive, of any shape that broadcasts to (B, H, Tq, Tk); never copied.
     causal: query i sees key j iff j <= i + Tk - Tq, in addition to the mask. A row that sees nothing gives zeros.
     scale: 1/sqrt(D) by default. Under torch.autocast q, k and v are cast as for F.scaled_dot_product_attention.
+    cu_seqlens, int32 or int64 (n + 1,): documents packed into the rows do not see each other. They begin at these
+    places in the tokens of all rows laid end to end, from 0 to B T (Tq = Tk = T); no document goes past its row.
+    window > 0: a query sees only keys nearer than that, |i + Tk - Tq - j| < window; what is not seen costs no time.
+    slopes, float32 (H,) or (B, H): ALiBi (Press et al. 2021, arXiv 2108.12409), adds -slope |i + Tk - Tq - j|.
+    softcap > 0: softcap tanh(scale q k^T / softcap), before slopes and mask (Gemma 2, arXiv 2408.00118).
     Raises RuntimeError, in one line that names the argument, for sizes or dtypes that do not fit together.
     """
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
-    if why_not(q, k, v, mask=mask) is not None:
-        return _plain_attention(q, k, v, causal, mask, scale)
+    if why_not(q, k, v, mask=mask, slopes=slopes) is not None:
+        return _plain_attention(q, k, v, causal, mask, scale, cu_seqlens, window, slopes, softcap)
     if torch.is_autocast_enabled("cpu"):
         q, k, v = (x.to(_compute_dtype(x)) for x in (q, k, v))
-    return _attention(q, k, v, mask, scale, causal)[0]
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to("cpu", torch.int32).contiguous()
+    return _attention(q, k, v, mask, scale, causal, cu_seqlens, window, slopes, softcap)[0]
 
 
 def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -297,10 +333,25 @@ def _plain_softmax(x: Tensor, causal: bool, mask: Tensor | None, scale: float) -
     return torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(x.dtype)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> Tensor:
+def _plain_attention(q, k, v, causal, mask, scale, cu_seqlens=None, window=0, slopes=None, softcap=0.0):
     groups = q.shape[1] // max(k.shape[1], 1)
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, Tk, D), (B, H, Tk, Dv)
-    p = _plain_softmax(q @ k.mT, causal, mask, scale)  # (B, H, Tq, Tk)
+    s = q @ k.mT  # (B, H, Tq, Tk)
+    if softcap or window or slopes is not None or cu_seqlens is not None:
+        s, scale = scale * (s if s.dtype == torch.float64 else s.float()), 1.0
+        B, _, Tq, Tk = s.shape
+        i, j = torch.arange(Tq, device=q.device)[:, None] + Tk - Tq, torch.arange(Tk, device=q.device)
+        if softcap:
+            s = softcap * torch.tanh(s / softcap)
+        if slopes is not None:  # (H,) or (B, H)
+            s = s - slopes[..., None, None] * (i - j).abs()
+        if window:
+            s = s.masked_fill((i - j).abs() >= window, -math.inf)
+        if cu_seqlens is not None:
+            token = torch.arange(B * Tk, device=q.device)
+            document = torch.searchsorted(cu_seqlens.to(token), token, right=True).view(B, 1, 1, Tk)
+            s = s.masked_fill(document.mT != document, -math.inf)
+    p = _plain_softmax(s, causal, mask, scale)  # (B, H, Tq, Tk)
     return p.to(v.dtype) @ v  # (B, H, Tq, Dv)
 
 

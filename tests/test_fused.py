@@ -48,11 +48,32 @@ def _two_threads_and_best_set():
 # ---------------------------------------------------------------------------------------------- the oracle
 
 
-def naive(q, k, v, mask, scale, causal, *, offset=None, empty="zeros"):
+def bias_of(B, Tq, Tk, cu_seqlens=None, window=0, slopes=None, softcap=0.0):
+    """What documents, window and slopes add to the scores, (B or 1, H or 1, Tq, Tk): from loops and the definitions."""
+    bias = torch.zeros(B, 1, Tq, Tk, dtype=torch.float64)
+    distance = (torch.arange(Tk) - (torch.arange(Tq)[:, None] + Tk - Tq)).abs()
+    if slopes is not None:
+        bias = bias - slopes.double().view(-1, slopes.shape[-1], 1, 1) * distance
+    if window:
+        bias = bias.masked_fill(distance >= window, -math.inf)
+    if cu_seqlens is not None:
+        number = torch.zeros(B * Tk, dtype=torch.long)
+        for n, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            number[begin:end] = n
+        number = number.view(B, 1, Tk)
+        bias = bias.masked_fill((number.mT != number)[:, None], -math.inf)
+    return bias
+
+
+def naive(q, k, v, mask, scale, causal, *, offset=None, empty="zeros", **options):
     """Attention as it is defined. `offset` and `empty` exist for the buggy variants that the checks must reject."""
-    H, Tq, Hkv, Tk = *q.shape[1:3], *k.shape[1:3]
+    B, H, Tq, Hkv, Tk = *q.shape[:3], *k.shape[1:3]
     k, v = k.repeat_interleave(H // Hkv, 1), v.repeat_interleave(H // Hkv, 1)
     s = scale * (q @ k.mT)  # (B, H, Tq, Tk)
+    if cap := options.get("softcap"):
+        s = cap * torch.tanh(s / cap)
+    if options:
+        s = s + bias_of(B, Tq, Tk, **options).to(s.dtype)
     if mask is not None:
         s = s.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s + mask.to(s.dtype)
     if causal:
@@ -65,10 +86,14 @@ def naive(q, k, v, mask, scale, causal, *, offset=None, empty="zeros"):
     return (p.masked_fill(nothing, 0.0) if empty == "zeros" else p) @ v
 
 
-def sdpa(q, k, v, mask, scale, causal):
-    """PyTorch's own attention under the same contract: one additive mask, and the empty rows cleared afterwards."""
+def sdpa(q, k, v, mask, scale, causal, **options):
+    """PyTorch's own attention under the same contract: one additive mask, and the empty rows cleared afterwards.
+
+    It has no soft cap: there the definition stands for it, at its dtype."""
+    if options.get("softcap"):
+        return naive(q, k, v, mask, scale, causal, **options)
     B, H, Tq, Hkv, Tk = *q.shape[:3], *k.shape[1:3]
-    bias = torch.zeros(B, H, Tq, Tk)
+    bias = bias_of(B, Tq, Tk, **options).float().expand(B, H, Tq, Tk)
     if mask is not None:
         bias = bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask.float()
     if causal:
@@ -79,15 +104,15 @@ def sdpa(q, k, v, mask, scale, causal):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).masked_fill(nothing, 0.0)
 
 
-def run_fused(q, k, v, mask, scale, causal):
-    return fused.attention(q, k, v, mask=mask, scale=scale, causal=causal)
+def run_fused(q, k, v, mask, scale, causal, **options):
+    return fused.attention(q, k, v, mask=mask, scale=scale, causal=causal, **options)
 
 
-def with_grads(f, q, k, v, mask, scale, causal, grad, dtype):
+def with_grads(f, q, k, v, mask, scale, causal, grad, dtype, **options):
     """(out, dq, dk, dv) of f at this dtype; the inputs keep their strides."""
     inputs = [x.detach().to(dtype) if x.dtype != dtype else x.detach() for x in (q, k, v)]
     inputs = [x.requires_grad_() for x in inputs]
-    out = f(*inputs, mask, scale, causal)
+    out = f(*inputs, mask, scale, causal, **options)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
 
@@ -95,15 +120,15 @@ def largest(x):
     return x.abs().max().item() if x.numel() else 0.0
 
 
-def check(case, f=run_fused):
+def check(case, f=run_fused, **options):
     """f against the oracle, forward and backward, with PyTorch's own error as the measure."""
     q, k, v, mask, scale, causal, grad = case
-    got = with_grads(f, q, k, v, mask, scale, causal, grad, q.dtype)
-    wanted = with_grads(naive, q, k, v, mask, scale, causal, grad, torch.float64)
+    got = with_grads(f, q, k, v, mask, scale, causal, grad, q.dtype, **options)
+    wanted = with_grads(naive, q, k, v, mask, scale, causal, grad, torch.float64, **options)
     if 0 in (q.numel(), k.numel()):  # PyTorch's attention does not take these; the results are exact zeros or empty
         theirs = [w.to(q.dtype) for w in wanted]
     else:
-        theirs = with_grads(sdpa, q, k, v, mask, scale, causal, grad, q.dtype)
+        theirs = with_grads(sdpa, q, k, v, mask, scale, causal, grad, q.dtype, **options)
     dS = abs(scale) * largest(grad.double().abs() @ v.double().abs().repeat_interleave(q.shape[1] // k.shape[1], 1).mT)
     terms = (largest(v), dS * largest(k), dS * largest(q), largest(grad))  # what the sums add up, before cancellation
     # The backward pass of both reads `out`, rounded to q's dtype, for rowsum(dO * O).
@@ -213,12 +238,95 @@ def test_long_sequences(case, isa):  # several tiles of queries and several bloc
     check(case)
 
 
+@st.composite
+def options(draw, case):
+    """Documents, window, slopes and soft cap for a case, any of them or none."""
+    q, k = case[0], case[1]
+    B, H, Tq, Tk = *q.shape[:3], k.shape[2]
+    chosen = {}
+    if draw(st.booleans()):
+        chosen["window"] = draw(st.integers(1, max(Tq, Tk) + 2))
+    if draw(st.booleans()):
+        shape = draw(st.sampled_from([(H,), (B, H)]))
+        chosen["slopes"] = torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(B + H)) / 16
+    if draw(st.booleans()):
+        chosen["softcap"] = draw(st.sampled_from([0.3, 5.0, 50.0]))
+    if Tq == Tk and draw(st.booleans()):
+        inner = draw(st.lists(st.integers(0, B * Tq), max_size=6))
+        chosen["cu_seqlens"] = torch.tensor([0, *sorted(inner), B * Tq], dtype=torch.int32)
+    return chosen
+
+
+@pytest.mark.parametrize("isa", SETS)
+@given(data=st.data(), same=st.booleans())
+def test_documents_window_slopes_and_softcap(isa, data, same):
+    C.choose_instruction_set(isa)
+    case = data.draw(cases())
+    if same and case[0].shape[2]:  # documents want as many queries as keys
+        q, k, v, _, scale, causal, grad = case
+        T = q.shape[2]
+        gen = torch.Generator().manual_seed(T)
+        k = laid_out((*k.shape[:2], T, k.shape[3]), "B,T,H,D", q.dtype, gen)
+        v = laid_out((*v.shape[:2], T, v.shape[3]), "contiguous", q.dtype, gen)
+        case = (q, k, v, None, scale, causal, grad)
+    check(case, **data.draw(options(case)))
+
+
+@pytest.mark.parametrize("isa", SETS)
+@given(case=cases(lengths=st.integers(16, 700)), data=st.data())
+@settings(max_examples=25)
+def test_single_queries(
+    isa, case, data
+):  # decoding: a kernel of its own, which takes head sizes that are multiples of 32
+    C.choose_instruction_set(isa)
+    q, k, v, mask, scale, causal, grad = case
+    mask = mask[..., -1:, :] if mask is not None and mask.dim() > 1 else mask
+    D, Dv = q.shape[3] // 32 * 32 or 32, v.shape[3] // 32 * 32 or 32
+    q, k = (F.pad(x, (0, D - x.shape[3])) if x.shape[3] < D else x[..., :D] for x in (q[:, :, -1:], k))
+    v, grad = (F.pad(x, (0, Dv - x.shape[3])) if x.shape[3] < Dv else x[..., :Dv] for x in (v, grad[:, :, -1:]))
+    case = (q, k, v, mask, scale, causal, grad)
+    chosen = data.draw(options(case))
+    check(case, **chosen)
+    # the log-sum-exp, which the backward pass just used, must be that of the same scores
+    wide = torch.cat([k[:, :, :1].expand(-1, -1, 1, -1), k], 2)[:, :, 1:]  # other strides, the same numbers
+    a, b = (
+        ops.attention(
+            q,
+            x,
+            v,
+            mask,
+            scale,
+            causal,
+            None,
+            *[chosen.get(n, d) for n, d in (("window", 0), ("slopes", None), ("softcap", 0.0))],
+        )
+        for x in (k, wide)
+    )
+    torch.testing.assert_close(a, b)
+
+
+def test_what_is_not_seen_has_no_influence():  # packed documents must not leak, nor a window
+    q, k, v, _, scale, _, _ = simple(96, 96)
+    cu = torch.tensor([0, 41, 43, 130, 192])  # a document ends at the row's end in any case
+    other_k, other_v = k.clone(), v.clone()
+    other_k[0, :, :41], other_v[0, :, :41] = torch.randn(2, 41, 16), 1e6
+    for causal in (False, True):
+        a = fused.attention(q, k, v, cu_seqlens=cu, causal=causal)
+        b = fused.attention(q, other_k, other_v, cu_seqlens=cu, causal=causal)
+        assert torch.equal(a[0, :, 41:], b[0, :, 41:]) and torch.equal(a[1], b[1]) and (b[0, :, :41] == 1e6).any()
+        alone = fused.attention(q[:1, :, 43:], k[:1, :, 43:], v[:1, :, 43:], causal=causal)
+        torch.testing.assert_close(a[:1, :, 43:], alone)
+        a = fused.attention(q, k, v, window=8, causal=causal)
+        b = fused.attention(q, other_k, other_v, window=8, causal=causal)
+        assert torch.equal(a[0, :, 48:], b[0, :, 48:]) and (a[0, :, 47] != b[0, :, 47]).all()
+
+
 @given(case=cases(), isa=st.sampled_from(SETS))
 def test_logsumexp(case, isa):
     C.choose_instruction_set(isa)
     q, k, v, mask, scale, causal, _ = case
     out, lse = ops.attention(q, k, v, mask, scale, causal)
-    assert out.is_contiguous() and lse.is_contiguous() and lse.dtype == torch.float32 and lse.shape == q.shape[:3]
+    assert lse.is_contiguous() and lse.dtype == torch.float32 and lse.shape == q.shape[:3]
     # naive() on one-hot values gives P itself; the scores are then S = log P + lse
     s = scale * (q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT)
     if mask is not None:
@@ -324,14 +432,18 @@ def test_gradcheck():  # finite differences in float32: coarse, but they know no
             )
 
 
-@given(case=cases(lengths=st.integers(1, 200)), isa=st.sampled_from(SETS))
-@settings(max_examples=15)
-def test_same_bits_for_every_number_of_threads(case, isa):
+@given(case=cases(lengths=st.integers(1, 200)), isa=st.sampled_from(SETS), data=st.data(), single=st.booleans())
+@settings(max_examples=20)
+def test_same_bits_for_every_number_of_threads(case, isa, data, single):
     C.choose_instruction_set(isa)
+    if single:
+        q, k, v, _, scale, causal, grad = case
+        case = (q[:, :, -1:], k.repeat(1, 1, 5, 1), v.repeat(1, 1, 5, 1), None, scale, causal, grad[:, :, -1:])
+    chosen = data.draw(options(case))
     results = []
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        results.append(with_grads(run_fused, *case, case[0].dtype))
+        results.append(with_grads(run_fused, *case, case[0].dtype, **chosen))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -450,17 +562,37 @@ SAMPLES = {
     ),
     "bfloat16": lambda: simple(1, 3, dtype=torch.bfloat16)[:3] + (None, 0.25, True),
     "no keys": lambda: simple(2, 0)[:3] + (None, 0.25, False),
+    "every option": lambda: (
+        torch.randn(2, 5, 4, 8).transpose(1, 2),
+        torch.randn(2, 2, 5, 8),
+        torch.randn(2, 5, 2, 3).transpose(1, 2),
+        None,
+        0.25,
+        True,
+        torch.tensor([0, 3, 7, 10], dtype=torch.int32),
+        3,
+        torch.rand(4),
+        2.0,
+    ),
+    "a single query": lambda: (
+        torch.randn(1, 4, 1, 32),
+        torch.randn(1, 2, 40, 32),
+        torch.randn(1, 2, 40, 32),
+        None,
+        0.25,
+        True,
+    ),
 }
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_opcheck_compile_rules(sample):
-    q, k, v, mask, scale, causal = SAMPLES[sample]()
-    torch.library.opcheck(ops.attention.default, (q, k, v, mask, scale, causal))
+    q, k, v, *rest = SAMPLES[sample]()
+    torch.library.opcheck(ops.attention.default, (q, k, v, *rest))
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(ops.attention.default, (*leaves, mask, scale, causal))
-    out, lse = ops.attention(q, k, v, mask, scale, causal)
-    backward = (torch.randn_like(out), q, k, v, out, lse, mask, scale, causal)
+    torch.library.opcheck(ops.attention.default, (*leaves, *rest))
+    out, lse = ops.attention(q, k, v, *rest)
+    backward = (torch.randn_like(out), q, k, v, out, lse, *rest)
     torch.library.opcheck(ops.attention_backward.default, backward)
 
 
@@ -483,6 +615,25 @@ def test_compile_forward_and_backward_with_dynamic_shapes(backend):
         torch.testing.assert_close(results[1], results[0])
     with torch.no_grad():
         torch.testing.assert_close(compiled(q, k, v, mask), f(q, k, v, mask))
+
+
+def test_compile_with_documents_window_slopes_and_softcap():
+    torch._dynamo.reset()
+    cu, slopes = torch.tensor([0, 3, 7, 10]), torch.rand(4)
+
+    def f(q, k, v):  # laid out (B, T, H, D), as a model has them after its projection
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = fused.attention(q, k, v, causal=True, cu_seqlens=cu, window=2, slopes=slopes, softcap=3.0)
+        return out.transpose(1, 2)
+
+    q, k, v = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8), torch.randn(2, 5, 2, 8)
+    assert f(q, k, v).is_contiguous()
+    results = []
+    for g in (f, torch.compile(f, fullgraph=True, backend="inductor")):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = g(*inputs)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_export_keeps_the_operator():
@@ -594,6 +745,24 @@ MALFORMED = {
     "mask has shape (3, 4, 3, 5)": bad(mask=torch.ones(3, 4, 3, 5)),
     "mask has shape (1, 2, 4, 3, 5)": bad(mask=torch.ones(1, 2, 4, 3, 5)),
     "wanted at most 2147483647 in a dimension": bad(k=one(2, 2, 2**40, 16)),
+    "window is -1; wanted 0": bad(window=-1),
+    "softcap is -1; wanted 0": bad(softcap=-1.0),
+    "softcap is inf": bad(softcap=math.inf),
+    "softcap is nan": bad(softcap=math.nan),
+    "slopes has dtype float64": bad(slopes=torch.ones(4).double()),
+    "slopes has shape (3); wanted (4) or (2, 4)": bad(slopes=torch.ones(3)),
+    "slopes has shape (4, 1)": bad(slopes=torch.ones(4, 1)),
+    "slopes has shape (1, 4)": bad(slopes=torch.ones(1, 4)),
+    "cu_seqlens with 3 queries and 5 keys": bad(cu_seqlens=torch.tensor([0, 6]).int()),
+    "cu_seqlens has dtype int64": bad(q=torch.randn(2, 4, 5, 16), cu_seqlens=torch.tensor([0, 10])),
+    "cu_seqlens has shape (1)": bad(q=torch.randn(2, 4, 5, 16), cu_seqlens=torch.tensor([0]).int()),
+    "cu_seqlens has shape (1, 2)": bad(q=torch.randn(2, 4, 5, 16), cu_seqlens=torch.tensor([[0, 10]]).int()),
+    "cu_seqlens goes from 0 to 9; wanted 0 to 10": bad(
+        q=torch.randn(2, 4, 5, 16), cu_seqlens=torch.tensor([0, 9]).int()
+    ),
+    "cu_seqlens goes from 1 to 10": bad(q=torch.randn(2, 4, 5, 16), cu_seqlens=torch.tensor([1, 10]).int()),
+    "cu_seqlens[2] is 3": bad(q=torch.randn(2, 4, 5, 16), cu_seqlens=torch.tensor([0, 4, 3, 10]).int()),
+    "cu_seqlens[0] is -1": bad(q=torch.randn(2, 4, 5, 16), cu_seqlens=torch.tensor([-1, 10]).int()),
     "storage holds only 4 bytes": bad(v=shrunk(2, 2, 5, 24)),
     "is too large": bad(q=one(2**23, 2**30, 1, 1), k=one(2**23, 1, 0, 1), v=one(2**23, 1, 0, 256)),
     "at most 9007199254740992 scores": bad(q=one(2, 4, 2**30, 1), k=one(2, 2, 2**30, 1), v=one(2, 2, 2**30, 1)),
@@ -714,6 +883,28 @@ def test_nothing_malformed_crashes(mutations, lengths, scale, causal, masked):
                 assert str(error)
             else:
                 assert all(isinstance(r, torch.Tensor) for r in results)
+
+
+@given(
+    cu_seqlens=st.none() | st.lists(st.integers(-3, 14), max_size=5),
+    slopes=st.none() | st.lists(st.integers(0, 5), max_size=2),
+    window=st.integers(-2, 2**62) | st.integers(0, 9),
+    softcap=st.floats(),
+)
+def test_no_option_crashes(cu_seqlens, slopes, window, softcap):
+    q, k, v, _, _, _, grad = simple(6, 6)
+    options = (
+        None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32),
+        window,
+        None if slopes is None else torch.ones(slopes),
+        softcap,
+    )
+    out, lse = ops.attention(q, k, v, None, 0.25, True)
+    try:
+        ops.attention(q, k, v, None, 0.25, False, *options)
+        ops.attention_backward(grad, q, k, v, out, lse, None, 0.25, False, *options)
+    except ERRORS as error:
+        assert str(error)
 
 
 def test_empty_and_degenerate_sizes():

@@ -123,6 +123,29 @@ def test_plain_rows_with_nothing_to_see():
     assert torch.autograd.gradgradcheck(lambda q: fused._plain_attention(q, k, v, True, mask, 1.0), q)
 
 
+def test_plain_documents_window_slopes_and_softcap():
+    B, H, T = 2, 4, 6
+    q, k, v = torch.randn(B, H, T, 8).double(), torch.randn(B, 2, T, 8).double(), torch.randn(B, 2, T, 3).double()
+    slopes, cu = torch.rand(B, H).double(), torch.tensor([0, 2, 7, 12])
+    number = [[0, 0, 1, 1, 1, 1], [1, 2, 2, 2, 2, 2]]
+    got = fused._plain_attention(q, k, v, False, None, 0.5, cu, 3, slopes, 2.0)
+    for b in range(B):
+        for h in range(H):
+            for i in range(T):
+                seen = [j for j in range(T) if number[b][i] == number[b][j] and abs(i - j) < 3]
+                s = torch.stack([0.5 * (q[b, h, i] * k[b, h // 2, j]).sum() for j in seen])
+                s = 2 * torch.tanh(s / 2) - slopes[b, h] * torch.tensor([abs(i - j) for j in seen])
+                wanted = torch.softmax(s, 0) @ v[b, h // 2, seen]
+                torch.testing.assert_close(got[b, h, i], wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_slopes_that_need_a_gradient_get_it():
+    q, slopes = torch.randn(1, 2, 5, 8), torch.rand(2, requires_grad=True)
+    assert "slopes need a gradient" in fused.why_not(q, q, q, slopes=slopes) or not fused.available()
+    (grad,) = torch.autograd.grad(fused.attention(q, q, q, slopes=slopes, causal=True).square().sum(), slopes)
+    assert grad.abs().sum() > 0
+
+
 def test_integer_mask_is_an_error():
     q = torch.randn(1, 1, 3, 4)
     with pytest.raises(TypeError, match="mask has dtype torch.int64; wanted bool"):
