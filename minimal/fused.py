@@ -8,8 +8,8 @@ softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), so that no Tq x Tk matr
     dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(dO * O))      dQ = scale dS K      dK = scale dS^T Q
 
 Departures from the paper: it is for CPUs; masks, grouped queries, causal with Tq != Tk (aligned bottom-right), packed
-documents, a sliding window, ALiBi's slopes and a soft cap are inside; a single query, as in decoding, has a kernel of its
-own; a row with nothing to attend to gives zeros and zero gradients instead of NaN.
+documents, a sliding window, ALiBi's slopes and a soft cap are inside; a single query, as in decoding, has a kernel of
+its own; a row with nothing to attend to gives zeros and zero gradients instead of NaN.
 
     from minimal import fused
     out = fused.attention(q, k, v, causal=True)     # the kernels where they can, else the same in plain PyTorch
