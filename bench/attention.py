@@ -13,7 +13,7 @@
     grouped    9 query heads on 3 (SmolLM2), against enable_gqa=True
     packed     rows of several documents, causal within each: against the mask that PyTorch wants for it
     decode     one query on 2,048 keys: as a share of the rate at which torch.sum reads the same K and V
-    window     sliding window, soft cap, slopes, rotary laid out (B, T, H, D): against what PyTorch makes of them
+    window     sliding window, slopes, soft cap, rotary, (B, T, H, D) in memory: against what PyTorch makes of them
     memory     peak of forward and backward at T = 4,096
 
 The contenders take turns, because a machine drifts by tens of per cent over minutes: a ratio is the median over the
@@ -185,6 +185,11 @@ def decode(rounds):
         }
 
 
+def turn(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
 def window(rounds):
     B, H, T, D = 2, 8, 1024, 64
     q, k, v = (torch.randn(B, H, T, D, device=DEVICE) for _ in range(3))
@@ -212,6 +217,22 @@ def window(rounds):
     for name, (options, theirs) in cases.items():
         row = compare((q, k, v), lambda q, k, v, o=options: fused.attention(q, k, v, causal=True, **o), theirs, rounds)
         yield {"case": f"{name}: {B}, {H}, {T}, {D}", **row}
+    angles = torch.rand(T, D // 2, device=DEVICE) * 7
+    cos, sin = angles.cos(), angles.sin()
+    row = compare(
+        (q, k, v),
+        lambda q, k, v: fused.attention(q, k, v, causal=True, rotary=(cos, sin)),
+        lambda q, k, v: F.scaled_dot_product_attention(*(turn(x, cos, sin) for x in (q, k)), v, is_causal=True),
+        rounds,
+    )
+    yield {"case": f"rotary positions, causal: {B}, {H}, {T}, {D}", **row}
+    row = compare(
+        (q, k, v),
+        lambda q, k, v: fused.attention(q, k, v, causal=True, rotary=(cos, sin)),
+        lambda q, k, v: fused.attention(*(turn(x, cos, sin) for x in (q, k)), v, causal=True),
+        rounds,
+    )
+    yield {"case": "the same against turning in PyTorch, then fused", **row}
     row = compare(
         [torch.randn(B, T, H * D, device=DEVICE) for _ in range(3)],
         laid_out(lambda q, k, v: fused.attention(q, k, v, causal=True)),

@@ -45,7 +45,7 @@ int64_t threads(Parallel parallel) {
 }  // namespace
 
 void attention_forward(View q, View k, View v, const Scores& scores, View out, View lse, Parallel parallel) {
-  if (decode_takes(q, k, v)) return decode_forward(q, k, v, scores, out, lse, parallel);
+  if (decode_takes(q, k, v, scores)) return decode_forward(q, k, v, scores, out, lse, parallel);
   Attention a{q, k, v, scores, out, lse, {}, {}, {}, {}};
   run(a, q.size[0] * q.size[1] * ((q.size[2] + QUERIES - 1) / QUERIES), MINIMAL_BEST(forward_tiles), parallel);
 }

@@ -106,13 +106,45 @@ struct Rows {
   const float* operator[](int64_t i) const { return at + i * ld; }
 };
 INLINE bool in_place(const View& x) { return x.type == Type::f32 && x.stride[3] == 1 && x.size[3] % 16 == 0; }
-static Rows rows_of(const View& x, int64_t from, int64_t n, float* room) {
-  if (in_place(x)) return {(const float*)x.data + from, x.stride[2]};
+static Rows copy_rows(const View& x, int64_t from, int64_t n, float* room) {
   const int64_t D = x.size[3], ld = round_up(D, 16);
   for (int64_t i = 0; i < n; i++)
     for (int64_t d = 0; d < ld; d += W)
       store(room + i * ld + d, d < D ? read(x, from + i * x.stride[2] + d * x.stride[3], x.stride[3], D - d) : vf{});
   return {room, ld};
+}
+static Rows rows_of(const View& x, int64_t from, int64_t n, float* room) {
+  if (in_place(x)) return {(const float*)x.data + from, x.stride[2]};
+  return copy_rows(x, from, n, room);
+}
+
+// Rotary positions (Su et al. 2021, arXiv 2104.09864): rows x of the n places from `place` on become R x, in place, or
+// with sign = -1 R' x, which is also how a gradient comes back. The pairs that are turned are (d, d + D/2), as in Llama.
+INLINE bool turns(const Attention& a) { return a.scores.cos.data; }
+static void turn(const Attention& a, int64_t b, int64_t place, int64_t n, float* rows, float sign) {
+  const View &cos = a.scores.cos, &sin = a.scores.sin;
+  const int64_t half = cos.size[3];  // a multiple of 16
+  for (int64_t i = 0; i < n; i++, rows += 2 * half)
+    for (int64_t d = 0; d < half; d += W) {
+      const vf c = read(cos, at(cos, b, 0, place + i) + d * cos.stride[3], cos.stride[3], W);
+      const vf s = read(sin, at(sin, b, 0, place + i) + d * sin.stride[3], sin.stride[3], W) * sign;
+      const vf x = load(rows + d), y = load(rows + half + d);
+      store(rows + d, x * c - y * s);
+      store(rows + half + d, y * c + x * s);
+    }
+}
+// Keys, or queries (whose first stands at the place Tk - Tq), turned if there is anything to turn.
+static Rows keys_of(const Attention& a, int64_t b, int64_t kv, int64_t k0, int64_t n, float* room) {
+  if (!turns(a)) return rows_of(a.k, at(a.k, b, kv, k0), n, room);
+  const Rows rows = copy_rows(a.k, at(a.k, b, kv, k0), n, room);
+  turn(a, b, k0, n, room, 1);
+  return rows;
+}
+static Rows queries_of(const Attention& a, int64_t b, int64_t h, int64_t q0, int64_t n, float* room) {
+  if (!turns(a)) return rows_of(a.q, at(a.q, b, h, q0), n, room);
+  const Rows rows = copy_rows(a.q, at(a.q, b, h, q0), n, room);
+  turn(a, b, q0 + a.k.size[2] - a.q.size[2], n, room, 1);
+  return rows;
 }
 
 // to (depth x NQ) = scale * the transpose of n rows of `depth` elements (zero past n).
@@ -130,6 +162,10 @@ static void pack(const View& x, int64_t from, int64_t row_stride, int64_t stride
       UNROLL for (int d = 0; d < W; d++)
         if (d < columns) store(to + (d0 + d) * NQ + i0, r[d] * scale);
     }
+}
+
+INLINE View view_of(const Rows& rows, int64_t n, int64_t D) {
+  return {(void*)rows.at, Type::f32, {1, 1, n, D}, {0, 0, rows.ld, 1}};
 }
 
 static void write_row(const View& x, int64_t to, const float* row, float factor) {
@@ -305,10 +341,11 @@ static void forward_tile(const Attention& a, int64_t b, int64_t h, int64_t q0, R
   tile_of(a, b, h, q0, t);
   const int64_t NQ = t.NQ, qn = t.qn;
   float *q = scratch.take(D * QUERIES), *o = scratch.take(ldo * QUERIES);
-  float *s = scratch.take(KEYS * QUERIES), *room = scratch.take(KEYS * QUERIES);
+  float *s = scratch.take(KEYS * QUERIES), *room = scratch.take(most(KEYS, D) * QUERIES);
   float *m = scratch.take(QUERIES), *l = scratch.take(QUERIES), *alpha = scratch.take(QUERIES);
 
-  pack(a.q, at(a.q, b, h, q0), a.q.stride[2], a.q.stride[3], qn, D, a.scores.scale, q, NQ);
+  if (turns(a)) pack(view_of(queries_of(a, b, h, q0, qn, room), qn, D), 0, D, 1, qn, D, a.scores.scale, q, NQ);
+  else pack(a.q, at(a.q, b, h, q0), a.q.stride[2], a.q.stride[3], qn, D, a.scores.scale, q, NQ);
   for (int64_t n = 0; n < NQ; n++) m[n] = -INF, l[n] = 0;
   for (int64_t n = 0; n < qn * ldo; n++) o[n] = 0;
 
@@ -339,7 +376,7 @@ static void forward_tile(const Attention& a, int64_t b, int64_t h, int64_t q0, R
   for (int64_t i = 0; i < qn; i++) write_row(a.out, at(a.out, b, h, q0 + i), o + i * ldo, l[i]);
 }
 
-// K and V of the head that a thread is at, for those that cannot be read where they lie: all its tiles share them.
+// K and V of the head that a thread is at. If they cannot be read where they lie, all its tiles share what is made here.
 struct Head {
   int64_t b = -1, kv = -1;
   Rows K, V;
@@ -347,12 +384,12 @@ struct Head {
     if (b == want_b && kv == want_kv) return;
     b = want_b, kv = want_kv;
     const int64_t Tk = a.k.size[2];
-    K = rows_of(a.k, at(a.k, b, kv, 0), Tk, scratch.take(in_place(a.k) ? 0 : Tk * round_up(a.k.size[3], 16)));
-    V = rows_of(a.v, at(a.v, b, kv, 0), Tk, scratch.take(in_place(a.v) ? 0 : Tk * round_up(a.v.size[3], 16)));
+    K = keys_of(a, b, kv, 0, Tk, scratch.take(Tk * K_width(a)));
+    V = rows_of(a.v, at(a.v, b, kv, 0), Tk, scratch.take(Tk * V_width(a)));
   }
-  static int64_t floats(const Attention& a) {
-    return a.k.size[2] * ((in_place(a.k) ? 0 : round_up(a.k.size[3], 16)) + (in_place(a.v) ? 0 : round_up(a.v.size[3], 16)));
-  }
+  static int64_t K_width(const Attention& a) { return in_place(a.k) && !turns(a) ? 0 : round_up(a.k.size[3], 16); }
+  static int64_t V_width(const Attention& a) { return in_place(a.v) ? 0 : round_up(a.v.size[3], 16); }
+  static int64_t floats(const Attention& a) { return a.k.size[2] * (K_width(a) + V_width(a)); }
 };
 
 // Tiles in the order first, last, second, last but one ...: with causal they differ in cost, and a thread gets a range.
@@ -362,7 +399,7 @@ static void forward_tiles(void* context, int64_t begin, int64_t end) {
   const Attention& a = *(const Attention*)context;
   const int64_t H = a.q.size[1], tiles = (a.q.size[2] + QUERIES - 1) / QUERIES;
   const int64_t D = round_up(a.q.size[3], 16), Dv = round_up(a.v.size[3], 16);
-  ScratchBlock block((D + Dv + 2 * KEYS + 3) * QUERIES), heads(Head::floats(a));
+  ScratchBlock block((D + Dv + KEYS + most(KEYS, D) + 3) * QUERIES), heads(Head::floats(a));
   Head head;
   for (int64_t i = begin; i < end; i++) {
     const int64_t b = i / tiles / H, h = i / tiles % H;
@@ -398,9 +435,10 @@ static void backward_range(const Attention& a, int64_t b, Range h_range, Range q
       const int64_t qn = t.qn, NQ = t.NQ;
       const int64_t begin = most(k_range.begin, t.begin() / KEYS * KEYS), end = least(k_range.end, t.end());
       if (begin >= end && !want_q) continue;
-      pack(a.q, at(a.q, b, h, q0), a.q.stride[2], a.q.stride[3], qn, D, a.scores.scale, q, NQ);
+      const Rows Q = queries_of(a, b, h, q0, qn, Q_room), G = rows_of(a.dout, at(a.dout, b, h, q0), qn, G_room);
+      if (turns(a)) pack(view_of(Q, qn, D), 0, Q.ld, 1, qn, D, a.scores.scale, q, NQ);
+      else pack(a.q, at(a.q, b, h, q0), a.q.stride[2], a.q.stride[3], qn, D, a.scores.scale, q, NQ);
       pack(a.dout, at(a.dout, b, h, q0), a.dout.stride[2], a.dout.stride[3], qn, Dv, 1, g, NQ);
-      const Rows Q = rows_of(a.q, at(a.q, b, h, q0), qn, Q_room), G = rows_of(a.dout, at(a.dout, b, h, q0), qn, G_room);
       for (int64_t n = 0; n < NQ; n += W) {
         // Summed in the order of the product dP': a query with a single key then gets dS = 0 exactly.
         vf sums = {};
@@ -455,9 +493,11 @@ static void backward_range(const Attention& a, int64_t b, Range h_range, Range q
                   K[k0 - k_base + rows.begin], K.ld, dq + i * ldd, ldd, true);
         }
       }
+      if (want_q && turns(a)) turn(a, b, q0 + a.k.size[2] - a.q.size[2], qn, dq, -1);
       for (int64_t i = 0; want_q && i < qn; i++) write_row(a.dq, at(a.dq, b, h, q0 + i), dq + i * ldd, a.scores.scale);
     }
 
+  if (turns(a)) turn(a, b, k_range.begin, keys, dk, -1);
   for (int64_t i = 0; i < keys; i++) {
     write_row(a.dk, at(a.dk, b, kv, k_range.begin + i), dk + i * ldd, a.scores.scale);
     write_row(a.dv, at(a.dv, b, kv, k_range.begin + i), dv + i * lddv, 1);
@@ -493,7 +533,7 @@ static void backward_keys(void* context, int64_t begin, int64_t end) {
     const int64_t b = i / blocks / Hkv, kv = i / blocks % Hkv, k0 = spread(i % blocks, blocks) * KEYS;
     const Range keys = {k0, least(a.k.size[2], k0 + KEYS)};
     Scratch scratch = block.start();
-    const Rows K = rows_of(a.k, at(a.k, b, kv, k0), keys.end - k0, scratch.take(D * KEYS));
+    const Rows K = keys_of(a, b, kv, k0, keys.end - k0, scratch.take(D * KEYS));
     const Rows V = rows_of(a.v, at(a.v, b, kv, k0), keys.end - k0, scratch.take(Dv * KEYS));
     backward_range(a, b, {kv * G, kv * G + G}, {0, a.q.size[2]}, keys, false, true, K, V, k0, scratch);
   }

@@ -23,9 +23,9 @@ constexpr int64_t HEADER = 16;
 
 namespace minimal {
 
-bool decode_takes(const View& q, const View& k, const View& v) {
+bool decode_takes(const View& q, const View& k, const View& v, const Scores& scores) {
   auto whole = [](const View& x) { return x.type != Type::boolean && x.stride[3] == 1 && x.size[3] % 32 == 0; };
-  return q.size[2] == 1 && k.size[2] >= 16 && whole(k) && whole(v);
+  return q.size[2] == 1 && k.size[2] >= 16 && whole(k) && whole(v) && !scores.cos.data;
 }
 
 void decode_forward(View q, View k, View v, const Scores& scores, View out, View lse, Parallel parallel) {

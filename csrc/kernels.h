@@ -23,7 +23,7 @@ void softmax_forward(View x, View mask, float scale, bool causal, View y, Parall
 // dx = scale * y * (dy - sum(dy * y))
 void softmax_backward(View dy, View y, float scale, View dx, Parallel parallel);
 
-// What becomes of the scores q k before their softmax. A query sees one interval of keys, whose ends never fall as the
+// What becomes of q and k, and of the scores q k before their softmax. A query sees one interval of keys, whose ends never fall as the
 // queries go on: causal (aligned bottom-right), window and documents only move these ends.
 struct Scores {
   float scale;
@@ -34,6 +34,7 @@ struct Scores {
   int64_t boundaries = 0;               // how many
   View slopes;                          // (B,H,1,1), ALiBi: minus slope times the distance is added
   float softcap = 0;                    // > 0: softcap * tanh(score / softcap), before slopes and mask
+  View cos, sin;                        // (B,1,Tk,D/2), rotary positions: the pairs (d, d + D/2) of q and k are turned
 };
 
 // q (B,H,Tq,D) k (B,Hkv,Tk,D) v (B,Hkv,Tk,Dv) -> out (B,H,Tq,Dv), lse (B,H,Tq,1) float32
@@ -43,7 +44,7 @@ void attention_backward(View dout, View q, View k, View v, View out, View lse, c
                         View dv, Parallel parallel);
 
 // The same for a single query over long k and v, where all of the time is reading them (decode_cpu.cpp).
-bool decode_takes(const View& q, const View& k, const View& v);
+bool decode_takes(const View& q, const View& k, const View& v, const Scores& scores);
 void decode_forward(View q, View k, View v, const Scores& scores, View out, View lse, Parallel parallel);
 
 // The instruction sets compiled in that this processor can run, best first, comma-separated ("avx512,avx2,generic");

@@ -258,6 +258,7 @@ struct Options {
   int64_t window;
   const std::optional<Tensor>& slopes;
   double softcap;
+  const std::optional<Tensor>&cos, &sin;
 };
 
 Qkv check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
@@ -297,6 +298,19 @@ Qkv check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                     ": slopes has shape ", shape(*o.slopes), "; wanted (", H, ") or (", B, ", ", H, "), one a head");
     s.slopes = {m.data, m.type, {B, H, 1, 1}, {m.stride[2], m.stride[3], 0, 0}};
   }
+  STD_TORCH_CHECK(o.cos.has_value() == o.sin.has_value(), op, ": cos and sin; wanted both or neither");
+  if (o.cos.has_value()) {
+    STD_TORCH_CHECK(D % 32 == 0, op, ": cos and sin with q of shape ", shape(q), "; wanted a D that is a multiple of 32");
+    STD_TORCH_CHECK(Tq <= Tk, op, ": cos and sin with ", Tq, " queries and ", Tk, " keys; wanted at least as many keys");
+    for (auto [name, given, to] : {std::tuple{"cos", &*o.cos, &s.cos}, std::tuple{"sin", &*o.sin, &s.sin}}) {
+      *to = view(op, name, *given, kFloat32, 2);
+      STD_TORCH_CHECK(given->dim() <= 3 && (to->size[1] == B || to->size[1] == 1), op, ": ", name, " has shape ",
+                      shape(*given), "; wanted (", Tk, ", ", D / 2, ") or (", B, ", ", Tk, ", ", D / 2, ") = (B, Tk, D / 2)");
+      const int64_t rows = to->size[1] == 1 ? 0 : to->stride[1];
+      *to = {to->data, to->type, {B, 1, to->size[2], to->size[3]}, {rows, 0, to->stride[2], to->stride[3]}};
+      check_size(op, name, *to, {B, 1, Tk, D / 2}, "(B, 1, Tk, D / 2)");
+    }
+  }
   if (o.cu_seqlens.has_value()) {
     const View c = view(op, "cu_seqlens", *o.cu_seqlens, kInt32, 1);
     STD_TORCH_CHECK(Tq == Tk, op, ": cu_seqlens with ", Tq, " queries and ", Tk, " keys; wanted as many of both");
@@ -315,9 +329,10 @@ Qkv check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
                                      double scale, bool causal, const std::optional<Tensor>& cu_seqlens, int64_t window,
-                                     const std::optional<Tensor>& slopes, double softcap) {
+                                     const std::optional<Tensor>& slopes, double softcap, const std::optional<Tensor>& cos,
+                                     const std::optional<Tensor>& sin) {
   const char* op = "minimal::attention";
-  const Qkv a = check_qkv(op, q, k, v, {mask, scale, causal, cu_seqlens, window, slopes, softcap});
+  const Qkv a = check_qkv(op, q, k, v, {mask, scale, causal, cu_seqlens, window, slopes, softcap, cos, sin});
   const bool inside = heads_inside(a.q);  // the result is laid out as q is
   Tensor out = empty(op, a.out, 4, a.q.type, inside);
   Tensor lse = empty(op, a.lse, 3, Type::f32);
@@ -330,9 +345,10 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                                                       const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask,
                                                       double scale, bool causal, const std::optional<Tensor>& cu_seqlens,
-                                                      int64_t window, const std::optional<Tensor>& slopes, double softcap) {
+                                                      int64_t window, const std::optional<Tensor>& slopes, double softcap,
+                                                      const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
   const char* op = "minimal::attention_backward";
-  const Qkv a = check_qkv(op, q, k, v, {mask, scale, causal, cu_seqlens, window, slopes, softcap});
+  const Qkv a = check_qkv(op, q, k, v, {mask, scale, causal, cu_seqlens, window, slopes, softcap, cos, sin});
   const View vg = view(op, "grad", grad, kFloats, 4), vo = view(op, "out", out, kFloats, 4);
   check_same_type(op, "grad", vg, "q", a.q.type);
   check_same_type(op, "out", vo, "q", a.q.type);
@@ -370,9 +386,11 @@ STABLE_TORCH_LIBRARY(minimal, m) {
   m.def("softmax(Tensor x, Tensor? mask, float scale, bool causal) -> Tensor");
   m.def("softmax_backward(Tensor grad, Tensor y, float scale) -> Tensor");
   // window > 0: only keys nearer than that to the query's own place. cu_seqlens: where documents begin, in the tokens of
-  // all rows laid end to end. slopes: of ALiBi, one a head. softcap > 0: softcap * tanh(score / softcap), first of all.
+  // all rows laid end to end. slopes: of ALiBi, one a head. softcap > 0: softcap * tanh(score / softcap), before slopes and
+  // mask. cos, sin: of the rotary positions of all keys, by which q and k are turned on their way in.
 #define MINIMAL_OPTIONS \
-  "Tensor? mask, float scale, bool causal, Tensor? cu_seqlens=None, int window=0, Tensor? slopes=None, float softcap=0.0"
+  "Tensor? mask, float scale, bool causal, Tensor? cu_seqlens=None, int window=0, Tensor? slopes=None, float softcap=0.0, " \
+  "Tensor? cos=None, Tensor? sin=None"
   m.def("attention(Tensor q, Tensor k, Tensor v, " MINIMAL_OPTIONS ") -> (Tensor out, Tensor lse)");
   m.def("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " MINIMAL_OPTIONS
         ") -> (Tensor, Tensor, Tensor)");

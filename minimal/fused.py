@@ -82,8 +82,8 @@ def _laid_out_as(x: Tensor, size: int) -> Tensor:
     return x.new_empty((B, H, T, size))
 
 
-def _fake_attention(q, k, v, mask, scale, causal, cu_seqlens=None, window=0, slopes=None, softcap=0.0):
-    _like(q, k, v, mask, cu_seqlens, slopes)
+def _fake_attention(q, k, v, mask, scale, causal, cu_seqlens=None, window=0, slopes=None, softcap=0.0, *rotary):
+    _like(q, k, v, mask, cu_seqlens, slopes, *rotary)
     return _laid_out_as(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)  # (B, H, Tq, Dv), (B, H, Tq)
 
 
@@ -119,19 +119,19 @@ def _softmax_backward(ctx, grad):
 
 
 def _attention_context(ctx, inputs, output):
-    q, k, v, mask, ctx.scale, ctx.causal, cu_seqlens, ctx.window, slopes, ctx.softcap = inputs
+    q, k, v, mask, ctx.scale, ctx.causal, cu_seqlens, ctx.window, slopes, ctx.softcap, cos, sin = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, mask, cu_seqlens, slopes)
+    ctx.save_for_backward(q, k, v, out, lse, mask, cu_seqlens, slopes, cos, sin)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # or a gradient of zeros would be made for lse
 
 
 def _attention_backward(ctx, grad, _):
     if grad is None:
-        return (None,) * 10
-    q, k, v, out, lse, mask, cu_seqlens, slopes = ctx.saved_tensors
-    options = (mask, ctx.scale, ctx.causal, cu_seqlens, ctx.window, slopes, ctx.softcap)
-    return *torch.ops.minimal.attention_backward(grad, q, k, v, out, lse, *options), *(None,) * 7
+        return (None,) * 12
+    q, k, v, out, lse, mask, cu_seqlens, slopes, cos, sin = ctx.saved_tensors
+    options = (mask, ctx.scale, ctx.causal, cu_seqlens, ctx.window, slopes, ctx.softcap, cos, sin)
+    return *torch.ops.minimal.attention_backward(grad, q, k, v, out, lse, *options), *(None,) * 9
 
 
 def _no_second_derivative(ctx, *grads):
@@ -195,10 +195,10 @@ def _unfit(name: str, x: Tensor) -> str | None:
     return None
 
 
-def _unfit_slopes(slopes: Tensor) -> str | None:
-    if slopes.requires_grad and torch.is_grad_enabled():
-        return "slopes need a gradient, which the fused path does not give"
-    return _unfit("slopes", slopes)
+def _unfit_option(name: str, x: Tensor) -> str | None:
+    if x.requires_grad and torch.is_grad_enabled():
+        return f"{name} needs a gradient, which the fused path does not give"
+    return _unfit(name, x)
 
 
 def _unfit_mask(mask: Tensor, dtype: torch.dtype) -> str | None:
@@ -217,6 +217,7 @@ def why_not(
     mask: Tensor | None = None,
     dropout: float = 0.0,
     slopes: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> str | None:
     """None when attention(q, k, v, mask=mask, ...) runs fused; else one line that says why not. Give what is known.
 
@@ -243,8 +244,11 @@ def why_not(
         if x.dim() != 4 or not 1 <= x.shape[3] <= MAX_HEAD_SIZE:
             wanted = f"4 dimensions, the last of 1 to {MAX_HEAD_SIZE}"
             return f"{name} has shape {tuple(x.shape)}; the fused path takes {wanted}"
-    if slopes is not None and (reason := _unfit_slopes(slopes)) is not None:
-        return reason
+    for name, x in (("slopes", slopes), *zip(("cos", "sin"), rotary or (), strict=False)):
+        if x is not None and (reason := _unfit_option(name, x)) is not None:
+            return reason
+    if rotary is not None and q is not None and q.shape[-1] % 32:
+        return f"q has shape {tuple(q.shape)}; the fused path turns (rotary) head sizes that are multiples of 32"
     return None if mask is None else _unfit_mask(mask, dtype or torch.float32)
 
 
@@ -263,6 +267,7 @@ def attention(
     window: int = 0,
     slopes: Tensor | None = None,
     softcap: float = 0.0,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """softmax(scale q k^T + mask) v, fused where why_not(q, k, v, mask=mask) is None, else in plain PyTorch.
 
@@ -277,16 +282,20 @@ def attention(
     window > 0: a query sees only keys nearer than that, |i + Tk - Tq - j| < window; what is not seen costs no time.
     slopes, float32 (H,) or (B, H): ALiBi (Press et al. 2021, arXiv 2108.12409), adds -slope |i + Tk - Tq - j|.
     softcap > 0: softcap tanh(scale q k^T / softcap), before slopes and mask (Gemma 2, arXiv 2408.00118).
+    rotary: cos and sin, float32 (Tk, D/2) or (B, Tk, D/2), by which the pairs (d, d + D/2) of q and k are turned on
+    their way in (Su et al. 2021, arXiv 2104.09864); query i takes row i + Tk - Tq, so Tq <= Tk. Not for keys from a
+    cache, which were turned before.
     Raises RuntimeError, in one line that names the argument, for sizes or dtypes that do not fit together.
     """
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
-    if why_not(q, k, v, mask=mask, slopes=slopes) is not None:
-        return _plain_attention(q, k, v, causal, mask, scale, cu_seqlens, window, slopes, softcap)
+    if why_not(q, k, v, mask=mask, slopes=slopes, rotary=rotary) is not None:
+        return _plain_attention(q, k, v, causal, mask, scale, cu_seqlens, window, slopes, softcap, rotary)
     if torch.is_autocast_enabled("cpu"):
         q, k, v = (x.to(_compute_dtype(x)) for x in (q, k, v))
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to("cpu", torch.int32).contiguous()
-    return _attention(q, k, v, mask, scale, causal, cu_seqlens, window, slopes, softcap)[0]
+    cos, sin = rotary or (None, None)
+    return _attention(q, k, v, mask, scale, causal, cu_seqlens, window, slopes, softcap, cos, sin)[0]
 
 
 def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -333,7 +342,20 @@ def _plain_softmax(x: Tensor, causal: bool, mask: Tensor | None, scale: float) -
     return torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(x.dtype)
 
 
-def _plain_attention(q, k, v, causal, mask, scale, cu_seqlens=None, window=0, slopes=None, softcap=0.0):
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: x (B, H, T, D) and the last T rows of cos and sin (Tk, D/2) or (B, Tk, D/2) -> R x."""
+    if x.shape[2] > cos.shape[-2]:
+        raise RuntimeError(f"rotary with {x.shape[2]} queries and {cos.shape[-2]} keys; wanted at least as many keys")
+    cos, sin = (
+        t.unsqueeze(-3)[..., t.shape[-2] - x.shape[2] :, :] for t in (cos, sin)
+    )  # (1, T, D/2) or (B, 1, T, D/2)
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def _plain_attention(q, k, v, causal, mask, scale, cu_seqlens=None, window=0, slopes=None, softcap=0.0, rotary=None):
+    if rotary is not None:
+        q, k = _turn(q, *rotary), _turn(k, *rotary)
     groups = q.shape[1] // max(k.shape[1], 1)
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, Tk, D), (B, H, Tk, Dv)
     s = q @ k.mT  # (B, H, Tq, Tk)

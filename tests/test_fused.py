@@ -65,8 +65,20 @@ def bias_of(B, Tq, Tk, cu_seqlens=None, window=0, slopes=None, softcap=0.0):
     return bias
 
 
-def naive(q, k, v, mask, scale, causal, *, offset=None, empty="zeros", **options):
+def turned(x, cos, sin):
+    """Rotary positions by complex numbers: the pair (d, d + D/2) of place t times e^(i angle)."""
+    T, D = x.shape[2:]
+    wide = x.double()
+    pairs = torch.complex(wide[..., : D // 2], wide[..., D // 2 :])
+    factor = torch.complex(cos.double(), sin.double())[..., cos.shape[-2] - T :, :]
+    pairs = pairs * (factor if cos.dim() == 2 else factor[:, None])
+    return torch.cat([pairs.real, pairs.imag], -1).to(x.dtype)
+
+
+def naive(q, k, v, mask, scale, causal, *, offset=None, empty="zeros", rotary=None, **options):
     """Attention as it is defined. `offset` and `empty` exist for the buggy variants that the checks must reject."""
+    if rotary is not None:
+        q, k = turned(q, *rotary), turned(k, *rotary)
     B, H, Tq, Hkv, Tk = *q.shape[:3], *k.shape[1:3]
     k, v = k.repeat_interleave(H // Hkv, 1), v.repeat_interleave(H // Hkv, 1)
     s = scale * (q @ k.mT)  # (B, H, Tq, Tk)
@@ -86,12 +98,14 @@ def naive(q, k, v, mask, scale, causal, *, offset=None, empty="zeros", **options
     return (p.masked_fill(nothing, 0.0) if empty == "zeros" else p) @ v
 
 
-def sdpa(q, k, v, mask, scale, causal, **options):
+def sdpa(q, k, v, mask, scale, causal, rotary=None, **options):
     """PyTorch's own attention under the same contract: one additive mask, and the empty rows cleared afterwards.
 
     It has no soft cap: there the definition stands for it, at its dtype."""
     if options.get("softcap"):
-        return naive(q, k, v, mask, scale, causal, **options)
+        return naive(q, k, v, mask, scale, causal, rotary=rotary, **options)
+    if rotary is not None:
+        q, k = turned(q, *rotary), turned(k, *rotary)
     B, H, Tq, Hkv, Tk = *q.shape[:3], *k.shape[1:3]
     bias = bias_of(B, Tq, Tk, **options).float().expand(B, H, Tq, Tk)
     if mask is not None:
@@ -240,7 +254,7 @@ def test_long_sequences(case, isa):  # several tiles of queries and several bloc
 
 @st.composite
 def options(draw, case):
-    """Documents, window, slopes and soft cap for a case, any of them or none."""
+    """Documents, window, slopes, soft cap and rotary positions for a case, any of them or none."""
     q, k = case[0], case[1]
     B, H, Tq, Tk = *q.shape[:3], k.shape[2]
     chosen = {}
@@ -251,6 +265,10 @@ def options(draw, case):
         chosen["slopes"] = torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(B + H)) / 16
     if draw(st.booleans()):
         chosen["softcap"] = draw(st.sampled_from([0.3, 5.0, 50.0]))
+    if q.shape[3] % 32 == 0 and Tq <= Tk and draw(st.booleans()):
+        shape = draw(st.sampled_from([(Tk,), (B, Tk), (1, Tk)]))
+        angles = torch.rand(*shape, q.shape[3] // 2, generator=torch.Generator().manual_seed(Tk)) * 7
+        chosen["rotary"] = (angles.cos(), angles.sin())
     if Tq == Tk and draw(st.booleans()):
         inner = draw(st.lists(st.integers(0, B * Tq), max_size=6))
         chosen["cu_seqlens"] = torch.tensor([0, *sorted(inner), B * Tq], dtype=torch.int32)
@@ -259,7 +277,7 @@ def options(draw, case):
 
 @pytest.mark.parametrize("isa", SETS)
 @given(data=st.data(), same=st.booleans())
-def test_documents_window_slopes_and_softcap(isa, data, same):
+def test_documents_window_slopes_softcap_and_rotary(isa, data, same):
     C.choose_instruction_set(isa)
     case = data.draw(cases())
     if same and case[0].shape[2]:  # documents want as many queries as keys
@@ -275,9 +293,7 @@ def test_documents_window_slopes_and_softcap(isa, data, same):
 @pytest.mark.parametrize("isa", SETS)
 @given(case=cases(lengths=st.integers(16, 700)), data=st.data())
 @settings(max_examples=25)
-def test_single_queries(
-    isa, case, data
-):  # decoding: a kernel of its own, which takes head sizes that are multiples of 32
+def test_single_queries(isa, case, data):  # decoding: a kernel of its own, for head sizes that are multiples of 32
     C.choose_instruction_set(isa)
     q, k, v, mask, scale, causal, grad = case
     mask = mask[..., -1:, :] if mask is not None and mask.dim() > 1 else mask
@@ -285,24 +301,7 @@ def test_single_queries(
     q, k = (F.pad(x, (0, D - x.shape[3])) if x.shape[3] < D else x[..., :D] for x in (q[:, :, -1:], k))
     v, grad = (F.pad(x, (0, Dv - x.shape[3])) if x.shape[3] < Dv else x[..., :Dv] for x in (v, grad[:, :, -1:]))
     case = (q, k, v, mask, scale, causal, grad)
-    chosen = data.draw(options(case))
-    check(case, **chosen)
-    # the log-sum-exp, which the backward pass just used, must be that of the same scores
-    wide = torch.cat([k[:, :, :1].expand(-1, -1, 1, -1), k], 2)[:, :, 1:]  # other strides, the same numbers
-    a, b = (
-        ops.attention(
-            q,
-            x,
-            v,
-            mask,
-            scale,
-            causal,
-            None,
-            *[chosen.get(n, d) for n, d in (("window", 0), ("slopes", None), ("softcap", 0.0))],
-        )
-        for x in (k, wide)
-    )
-    torch.testing.assert_close(a, b)
+    check(case, **data.draw(options(case)))
 
 
 def test_what_is_not_seen_has_no_influence():  # packed documents must not leak, nor a window
@@ -563,8 +562,8 @@ SAMPLES = {
     "bfloat16": lambda: simple(1, 3, dtype=torch.bfloat16)[:3] + (None, 0.25, True),
     "no keys": lambda: simple(2, 0)[:3] + (None, 0.25, False),
     "every option": lambda: (
-        torch.randn(2, 5, 4, 8).transpose(1, 2),
-        torch.randn(2, 2, 5, 8),
+        torch.randn(2, 5, 4, 32).transpose(1, 2),
+        torch.randn(2, 2, 5, 32),
         torch.randn(2, 5, 2, 3).transpose(1, 2),
         None,
         0.25,
@@ -573,6 +572,8 @@ SAMPLES = {
         3,
         torch.rand(4),
         2.0,
+        torch.rand(5, 16),
+        torch.rand(2, 5, 16),
     ),
     "a single query": lambda: (
         torch.randn(1, 4, 1, 32),
@@ -745,6 +746,17 @@ MALFORMED = {
     "mask has shape (3, 4, 3, 5)": bad(mask=torch.ones(3, 4, 3, 5)),
     "mask has shape (1, 2, 4, 3, 5)": bad(mask=torch.ones(1, 2, 4, 3, 5)),
     "wanted at most 2147483647 in a dimension": bad(k=one(2, 2, 2**40, 16)),
+    "cos and sin; wanted both or neither": bad(cos=torch.ones(5, 8)),
+    "cos and sin with 6 queries and 5 keys": bad(
+        q=torch.randn(2, 4, 6, 32), k=torch.randn(2, 2, 5, 32), cos=torch.ones(5, 16), sin=torch.ones(5, 16)
+    ),
+    "wanted a D that is a multiple of 32": bad(cos=torch.ones(5, 8), sin=torch.ones(5, 8)),
+    "sin has shape (2, 1, 4, 16); wanted (2, 1, 5, 16)": bad(
+        q=torch.randn(2, 4, 3, 32), k=torch.randn(2, 2, 5, 32), cos=torch.ones(5, 16), sin=torch.ones(4, 16)
+    ),
+    "cos has shape (3, 5, 16); wanted (5, 16) or (2, 5, 16)": bad(
+        q=torch.randn(2, 4, 3, 32), k=torch.randn(2, 2, 5, 32), cos=torch.ones(3, 5, 16), sin=torch.ones(5, 16)
+    ),
     "window is -1; wanted 0": bad(window=-1),
     "softcap is -1; wanted 0": bad(softcap=-1.0),
     "softcap is inf": bad(softcap=math.inf),

@@ -2,6 +2,7 @@
 """minimal/fused.py where there are no operators to run: switched off, not built, broken, or copied out alone; and
 setup.py where they cannot be built. None of these tests needs the extension."""
 
+import itertools
 import os
 import pathlib
 import shutil
@@ -139,9 +140,24 @@ def test_plain_documents_window_slopes_and_softcap():
                 torch.testing.assert_close(got[b, h, i], wanted, rtol=1e-6, atol=1e-7)
 
 
+def test_plain_rotary():
+    q, k, v, angles = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8), torch.rand(2, 5, 4)
+    got = fused._plain_attention(q, k, v, True, None, 0.5, rotary=(angles.cos(), angles.sin()))
+
+    def turn(x):  # pair by pair, by a rotation matrix
+        x = x.clone()
+        for b, t, d in itertools.product(range(2), range(x.shape[2]), range(4)):
+            angle = angles[b, 5 - x.shape[2] + t, d]
+            matrix = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+            x[b, :, t, [d, d + 4]] = x[b, :, t, [d, d + 4]] @ matrix.mT
+        return x
+
+    torch.testing.assert_close(got, fused._plain_attention(turn(q), turn(k), v, True, None, 0.5))
+
+
 def test_slopes_that_need_a_gradient_get_it():
     q, slopes = torch.randn(1, 2, 5, 8), torch.rand(2, requires_grad=True)
-    assert "slopes need a gradient" in fused.why_not(q, q, q, slopes=slopes) or not fused.available()
+    assert "slopes needs a gradient" in fused.why_not(q, q, q, slopes=slopes) or not fused.available()
     (grad,) = torch.autograd.grad(fused.attention(q, q, q, slopes=slopes, causal=True).square().sum(), slopes)
     assert grad.abs().sum() > 0
 
