@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""How fast fused softmax is beside torch.softmax, forward and backward, over rows of 64 to 50,000 numbers.
+"""How fast fused softmax is beside torch.softmax and beside a copy, over rows of 64 to 50,000 numbers.
 
-    python bench/softmax.py                                    # float32, one thread and two
+    python bench/softmax.py                                    # one thread and two, float32 and bfloat16
     python bench/softmax.py --threads 2 --dtype bfloat16
 
-Measured as in bench/attention.py: in turns, medians of ratios, the cases that we lose are marked. GB/s counts what must
-move: one read and one write forward, two reads and one write backward. Prints tables and writes bench/softmax.json.
+`masked` is softmax(scale x + mask) with an additive mask of a row, against the same in PyTorch. `of copy` is the rate
+at which a call moves what it must, one read and one write forward, two reads and one write backward, over the rate of
+torch.empty_like(x).copy_(x) in the same rounds: 1.0 is as fast as memory. A tensor has 28 MB of float32, as larger ones
+are mapped anew by the C library for each call, and then every contender waits for the kernel's page faults.
+
+The contenders take turns; medians of ratios; the cases that we lose are marked. Writes bench/softmax.json.
 """
 
 import argparse
@@ -26,7 +30,7 @@ import torch  # noqa: E402
 from minimal import fused  # noqa: E402
 
 WIDTHS = [64, 256, 1024, 4096, 16_384, 50_000]
-NUMBERS = 4_000_000  # in a tensor: 16 MB of float32, past a second-level cache
+NUMBERS = 7_000_000  # in a tensor
 
 
 def seconds(f, calls):
@@ -36,28 +40,43 @@ def seconds(f, calls):
     return (time.perf_counter() - start) / calls
 
 
-def in_turns(ours, theirs, rounds):
-    """Medians: our seconds, their seconds, and theirs over ours taken round by round."""
-    calls = max(1, round(0.02 / max(seconds(ours, 2), seconds(theirs, 2))))  # about 20 ms a turn
-    pairs = [(seconds(ours, calls), seconds(theirs, calls)) for _ in range(rounds)]
-    a, b = zip(*pairs, strict=True)
-    return statistics.median(a), statistics.median(b), statistics.median(y / x for x, y in pairs)
+def in_turns(rounds, *contenders):
+    """-> the contenders' seconds in each round, [contender][round]: each is called for about 10 ms a turn."""
+    calls = [max(1, round(0.01 / seconds(f, 2))) for f in contenders]
+    return [
+        *zip(*[[seconds(f, n) for f, n in zip(contenders, calls, strict=True)] for _ in range(rounds)], strict=True)
+    ]
 
 
-def measure(width, dtype, rounds):
+def ratio(above, below):
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def measure(width, dtype, masked, rounds):
     x = torch.randn(max(1, NUMBERS // width), width).to(dtype)
     grad = torch.randn(x.shape).to(dtype)
+    mask = torch.randn(width).to(dtype)
+    paths = (
+        (lambda x: fused.softmax(x, scale=0.125, mask=mask), lambda x: torch.softmax(0.125 * x + mask, -1))
+        if masked
+        else (fused.softmax, lambda x: torch.softmax(x, -1))
+    )
     forward, backward = [], []
-    for f in (fused.softmax, lambda x: torch.softmax(x, -1)):
+    for f in paths:
         leaf = x.clone().requires_grad_()
         y = f(leaf)
         forward.append(lambda f=f: f(x))
         backward.append(lambda y=y, leaf=leaf: torch.autograd.grad(y, leaf, grad, retain_graph=True))
     row = {}
     for name, calls, moved in (("forward", forward, 2), ("backward", backward, 3)):
-        ours, theirs, ratio = in_turns(*calls, rounds)
+        ours, theirs, copy = in_turns(rounds, *calls, lambda: torch.empty_like(x).copy_(x))
         gigabytes = moved * x.nbytes / 1e9
-        row[name] = {"ours_gb_per_s": gigabytes / ours, "theirs_gb_per_s": gigabytes / theirs, "ratio": ratio}
+        row[name] = {
+            "ours_gb_per_s": gigabytes / statistics.median(ours),
+            "theirs_gb_per_s": gigabytes / statistics.median(theirs),
+            "ratio": ratio(theirs, ours),
+            "of_copy": ratio(copy, ours) * moved / 2,
+        }
     return row
 
 
@@ -71,8 +90,8 @@ def processor():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=21, help="turns that the medians are taken over (default 21)")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=15, help="turns that the medians are taken over (default 15)")
     args = parser.parse_args()
     if not fused.available():
         sys.exit(f"bench/softmax.py needs the fused operators, but they are {fused.why_not()}")
@@ -86,16 +105,18 @@ def main():
     for threads in args.threads:
         torch.set_num_threads(threads)
         for dtype in args.dtype:
-            print(f"\n{dtype}, {threads} thread{'s' * (threads > 1)}: GB/s, ours and theirs; ours over theirs")
-            print(f"{'row length':>10}   {'forward':>22}   {'backward':>22}")
+            print(f"\n{dtype}, {threads} thread{'s' * (threads > 1)}: GB/s, ours and theirs; ours over theirs; of copy")
+            print(f"{'row length':>17}   {'forward':>28}   {'backward':>28}")
             for width in WIDTHS:
-                row = measure(width, getattr(torch, dtype), args.rounds)
-                rows.append({"width": width, "threads": threads, "dtype": dtype, **row})
-                cells = []
-                for c in (row["forward"], row["backward"]):
-                    mark = " " if c["ratio"] >= 1 else "<"
-                    cells.append(f"{c['ours_gb_per_s']:6.1f} {c['theirs_gb_per_s']:6.1f} {c['ratio']:5.2f} {mark}")
-                print(f"{width:>10}", *cells, sep="   ", flush=True)
+                for masked in (False, True):
+                    row = measure(width, getattr(torch, dtype), masked, args.rounds)
+                    rows.append({"width": width, "masked": masked, "threads": threads, "dtype": dtype, **row})
+                    cells = []
+                    for c in (row["forward"], row["backward"]):
+                        mark = " " if c["ratio"] >= 1 else "<"
+                        gb = f"{c['ours_gb_per_s']:6.1f} {c['theirs_gb_per_s']:6.1f}"
+                        cells.append(f"{gb} {c['ratio']:5.2f} {mark} {c['of_copy']:5.2f}")
+                    print(f"{width:>10}{' masked' * masked:>7}", *cells, sep="   ", flush=True)
     print("(<: we are slower)")
     temporary = HERE / "softmax.json.tmp"
     temporary.write_text(json.dumps({"about": about, "numbers": NUMBERS, "rows": rows}, indent=1) + "\n")

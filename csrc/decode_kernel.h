@@ -11,21 +11,7 @@ constexpr int64_t KEYS = 128;   // of a block
 constexpr int64_t AHEAD = 32;   // keys that are fetched before their turn
 constexpr float INF = __builtin_inff();
 
-// 2 W neighbouring elements as two vectors. Of bfloat16 these are the even and the odd ones, which cost one operation
-// each: q and O are kept in that order, too.
-struct Two {
-  vf a, b;
-};
-INLINE Two load_two(const float* p) { return {load(p), load(p + W)}; }
-struct Bf16 {
-  uint16_t bits;
-};
-INLINE Two load_two(const Bf16* p) {
-  vu pairs;
-  __builtin_memcpy(&pairs, p, sizeof pairs);
-  return {(vf)(pairs << 16), (vf)(pairs & 0xffff0000u)};
-}
-// The place of element d in that order.
+// The place of element d in the order of load_two(), in which q and O are kept.
 template <class E>
 INLINE int64_t place(int64_t d) {
   const int64_t in = d % (2 * W);
@@ -37,18 +23,7 @@ INLINE void fetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)row + i);
 }
 
-// All lanes summed or compared: each step halves the number of different ones.
-INLINE float sum_lanes(vf v) {
-  UNROLL for (int n = 1; n < W; n *= 2) v = zip_low(v, v) + zip_high(v, v);
-  return v[0];
-}
-INLINE float largest_lane(vf v) {
-  UNROLL for (int n = 1; n < W; n *= 2) v = maximum(zip_low(v, v), zip_high(v, v));
-  return v[0];
-}
-
-// s[g][j] = K_j q_g for n keys and NG query heads, W keys at a time: part[g][i] holds parts of key i's sum, and each step
-// adds up pairs of parts.
+// s[g][j] = K_j q_g for n keys and NG query heads, W keys at a time: part[g][i] holds parts of key i's sum.
 template <int NG, class E>
 static void scores_of(const float* q, const E* K, int64_t row, int64_t n, int64_t D, bool fetch, float* s) {
   for (int64_t j = 0; j < n; j += W) {
@@ -64,12 +39,7 @@ static void scores_of(const float* q, const E* K, int64_t row, int64_t n, int64_
       }
       UNROLL for (int g = 0; g < NG; g++) part[g][i] = sums[g][0] + sums[g][1];
     }
-    UNROLL for (int g = 0; g < NG; g++) {
-      UNROLL for (int step = W / 2; step > 0; step /= 2)
-        UNROLL for (int i = 0; i < step; i++)
-          part[g][i] = zip_low(part[g][i], part[g][i + step]) + zip_high(part[g][i], part[g][i + step]);
-      store(s + g * KEYS + j, part[g][0]);
-    }
+    UNROLL for (int g = 0; g < NG; g++) store(s + g * KEYS + j, sum_lanes(part[g]));
   }
 }
 

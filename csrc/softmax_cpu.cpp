@@ -10,11 +10,12 @@ namespace minimal {
 struct Softmax {
   View x, mask, y;
   float scale;
-  bool causal;
+  bool causal, past_caches;
 };
 struct SoftmaxBackward {
   View dy, y, dx;
   float scale;
+  bool past_caches;
 };
 }  // namespace minimal
 
@@ -30,6 +31,11 @@ void run(const View& x, void (*body)(void*, int64_t, int64_t), void* context, Pa
   if (rows * x.size[3] == 0) return;
   if (rows * x.size[3] < 16384) body(context, 0, rows);
   else parallel(rows, body, context);
+}
+
+// Whether a result is larger than what a processor's caches keep of it until it is used.
+bool past_caches(const View& y) {
+  return y.size[0] * y.size[1] * y.size[2] * y.size[3] * (y.type == Type::f32 ? 4 : 2) > int64_t(16) << 20;
 }
 
 constexpr struct { Isa isa; const char* name; } names[] = {
@@ -99,12 +105,12 @@ bool choose_instruction_set(const char* name) {
 }
 
 void softmax_forward(View x, View mask, float scale, bool causal, View y, Parallel parallel) {
-  Softmax a{x, mask, y, scale, causal};
+  Softmax a{x, mask, y, scale, causal, past_caches(y)};
   run(x, MINIMAL_BEST(softmax_rows), &a, parallel);
 }
 
 void softmax_backward(View dy, View y, float scale, View dx, Parallel parallel) {
-  SoftmaxBackward a{dy, y, dx, scale};
+  SoftmaxBackward a{dy, y, dx, scale, past_caches(dx)};
   run(y, MINIMAL_BEST(softmax_rows_backward), &a, parallel);
 }
 

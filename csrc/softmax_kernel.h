@@ -1,18 +1,33 @@
 // SPDX-License-Identifier: MIT
-// Softmax over rows, forward and backward. The loops over a row follow each other while it is in cache: the maximum;
-// exp and the sum; the division. A contiguous row of float32 or bfloat16 is used where it lies; any other, or one with
-// a mask, is first made into one of float32 in scratch.
+// Softmax over rows, forward and backward, at the speed of memory: a row is read from it once and written to it once.
+//
+//     x -> z = scale x + mask, and its maximum M         z is scratch of a row's size, so the passes between find it in
+//     z -> z = exp(z - M), and its sum L                 a first- or second-level cache
+//     z -> y = z / L
+//
+//     dx = scale y (dy - sum(dy y)): the sum, then the rest, which finds dy and y in cache
+//
+// The arithmetic is in the second pass. So that memory never waits for it, this pass also writes the y of the row before,
+// bit by bit, and fetches what will be read AHEAD of it. Short rows are taken several at a time, up to W: M and L of all of
+// them are then found with a few shuffles a row. A result too large for the caches is streamed past them.
 
 constexpr float INF = __builtin_inff();
-constexpr int CHAINS = 4;  // one chain of additions or comparisons would wait for each to end
+constexpr int64_t AHEAD = 4096;  // numbers, if a row has fewer
+constexpr int64_t BLOCK = 4096;  // numbers in as many rows, at most W, as are taken at a time: z of two blocks is 32 KB
 
-struct Bf16 {
-  uint16_t bits;
+// The rows of a tensor in their order, with no division but at the first.
+struct Place {
+  int64_t b, h, k, H, rows;
+  Place(const View& x, int64_t row)
+      : b(row / x.size[2] / x.size[1]), h(row / x.size[2] % x.size[1]), k(row % x.size[2]), H(x.size[1]), rows(x.size[2]) {}
+  void next() {
+    if (++k < rows) return;
+    k = 0;
+    if (++h < H) return;
+    h = 0, b++;
+  }
 };
-INLINE vf load(const Bf16* p) { return from_bf16(p); }
-INLINE void store(Bf16* p, vf v) { to_bf16(p, v); }
 
-INLINE bool plain(const View& x, Type type) { return x.type == type && x.stride[3] == 1; }
 template <class E>
 INLINE E* place(const View& x, int64_t from) { return (E*)x.data + from; }
 
@@ -30,131 +45,242 @@ static void read_row(const View& x, int64_t from, int64_t n, float* to) {
     for (const vf one = read(x, from, 0, W); c < n; c += W) store(to + c, one);
   for (; c < n; c += W) store(to + c, read(x, from + c * stride, stride, n - c));
 }
-static void write_row(const View& x, int64_t to, int64_t n, const float* from) {
-  for (int64_t c = 0; c < n; c += W) write(x, to + c * x.stride[3], x.stride[3], n - c, load(from + c));
-}
-template <class E>
-INLINE vf load_few(const E* p, int64_t n, float fill) {
-  E line[W] = {};
-  for (int i = 0; i < W; i++)
-    if (i < n) line[i] = p[i];
-  return lane_numbers() < (int32_t)n ? load(line) : splat(fill);
-}
-template <class E>
-INLINE void store_few(E* p, int64_t n, vf v) {
-  E line[W];
-  store(line, v);
-  for (int i = 0; i < W; i++)
-    if (i < n) p[i] = line[i];
-}
-// In all lanes: each step halves the number of different ones.
-INLINE vf sum_lanes(vf v) {
-  UNROLL for (int n = 1; n < W; n *= 2) v = zip_low(v, v) + zip_high(v, v);
-  return v;
-}
-INLINE vf largest_lane(vf v) {
-  UNROLL for (int n = 1; n < W; n *= 2) v = maximum(zip_low(v, v), zip_high(v, v));
-  return v;
-}
+// bfloat16 again, but 2 W elements in their order: of what was read one by one.
+struct Bf16InOrder {
+  uint16_t bits;
+};
+INLINE void store_two(Bf16InOrder* p, Two t) { to_bf16(p, t.a), to_bf16(p + W, t.b); }
+INLINE void stream_two(Bf16InOrder* p, Two t) { store_two(p, t); }
 
-// y = softmax(factor * s) over n elements, for factor > 0; p is room for the row, and may be s or y. The factor goes on
-// the difference from the maximum, which is never above zero: factor * s - maximum, contracted into one instruction,
-// could be, and far, for huge s.
+// The first n of 2 W elements, n < 2 W; zero past them.
 template <class E>
-static void softmax_row(const E* s, float factor, int64_t n, float* p, E* y) {
-  const vf lowest = splat(-INF);
-  vf m[CHAINS], l[CHAINS] = {};
-  UNROLL for (int i = 0; i < CHAINS; i++) m[i] = lowest;
-  int64_t c = 0;
-  for (; c + CHAINS * W <= n; c += CHAINS * W)
-    UNROLL for (int i = 0; i < CHAINS; i++) m[i] = maximum(load(s + c + i * W), m[i]);
-  for (; c + W <= n; c += W) m[0] = maximum(load(s + c), m[0]);
-  vf last = lowest;
-  if (c < n) last = load_few(s + c, n - c, -INF);
-  vf M = largest_lane(maximum(last, maximum(maximum(m[0], m[1]), maximum(m[2], m[3]))));
-  M = M == -INF ? vf{} : M;  // nothing to see: exp(-inf - 0) = 0 everywhere, where -inf - -inf would be NaN
+INLINE Two load_few(const E* p, int64_t n) {
+  E line[2 * W] = {};
+  for (int64_t i = 0; i < n; i++) line[i] = p[i];
+  return load_two(line);
+}
+template <class E>
+INLINE void store_few(E* p, int64_t n, Two t) {
+  E line[2 * W];
+  store_two(line, t);
+  for (int64_t i = 0; i < n; i++) p[i] = line[i];
+}
+INLINE Two operator*(Two t, float x) { return {t.a * x, t.b * x}; }
 
-  for (c = 0; c + CHAINS * W <= n; c += CHAINS * W)
-    UNROLL for (int i = 0; i < CHAINS; i++) {
-      const vf e = exp((load(s + c + i * W) - M) * factor);
-      store(p + c + i * W, e);
-      l[i] += e;
-    }
-  for (; c + W <= n; c += W) {
-    const vf e = exp((load(s + c) - M) * factor);
-    store(p + c, e);
-    l[0] += e;
+// A row y = z * inverse that is still to be written, 2 W elements at a time.
+template <class E>
+struct Result {
+  const float* z = nullptr;
+  E* y = nullptr;
+  float inverse = 0;
+  int64_t n = 0;
+  bool past_caches = false;
+  INLINE_MEMBER void put(int64_t c) const {
+    const Two t = load_two(z + c) * inverse;
+    if (past_caches) stream_two(y + c, t); else store_two(y + c, t);
   }
-  const vf e = exp((last - M) * factor);
-  const vf L = sum_lanes((l[0] + l[1]) + (l[2] + l[3]) + e);
-  const vf inverse = L == 0 ? vf{} : 1 / L;
+  INLINE_MEMBER void put_from(int64_t c) const {
+    for (; c + 2 * W <= n; c += 2 * W) put(c);
+    if (c < n) store_few(y + c, n - c, load_two(z + c) * inverse);
+  }
+};
+// Streaming wants whole vectors of memory.
+INLINE bool aligned(const void* p) { return (uintptr_t)p % sizeof(vf) == 0; }
 
-  for (c = 0; c + W <= n; c += W) store(y + c, load(p + c) * inverse);
-  if (c < n) store_few(y + c, n - c, e * inverse);
+// z = scale * x, -inf past n up to a multiple of 2 W -> the maxima in the lanes of a vector.
+template <class E>
+INLINE vf scores(const E* x, float scale, int64_t n, float* z) {
+  vf m[4] = {splat(-INF), splat(-INF), splat(-INF), splat(-INF)};  // chains: one would wait for each comparison
+  int64_t c = 0;
+  for (; c + 4 * W <= n; c += 4 * W) {
+    const Two t = load_two(x + c) * scale, u = load_two(x + c + 2 * W) * scale;
+    store_two(z + c, t), store_two(z + c + 2 * W, u);
+    m[0] = maximum(t.a, m[0]), m[1] = maximum(t.b, m[1]), m[2] = maximum(u.a, m[2]), m[3] = maximum(u.b, m[3]);
+  }
+  for (; c < n; c += 2 * W) {
+    Two t = (c + 2 * W <= n ? load_two(x + c) : load_few(x + c, n - c)) * scale;
+    if (c + 2 * W > n) {
+      float line[2 * W];
+      store_two(line, t);
+      // of bfloat16 the first W are the even ones
+      for (int64_t i = n - c; i < 2 * W; i++) line[sizeof(E) == 4 ? i : i % 2 * W + i / 2] = -INF;
+      t = load_two(line);
+    }
+    store_two(z + c, t);
+    m[0] = maximum(t.a, m[0]), m[1] = maximum(t.b, m[1]);
+  }
+  return maximum(maximum(m[0], m[1]), maximum(m[2], m[3]));
+}
+INLINE vf scores(const Bf16InOrder*, float, int64_t, float*) { return vf{}; }  // these are read one by one
+// The same with a mask, and of any elements that lie side by side.
+static vf masked_scores(const View& x, int64_t from, const View& mask, int64_t mask_from, float scale, int64_t n, float* z) {
+  vf m = splat(-INF);
+  for (int64_t c = 0; c < round_up(n, 2 * W); c += W) {
+    vf s = splat(-INF);
+    if (c < n) s = read(x, from + c, 1, n - c) * scale + (mask.data ? read(mask, mask_from + c, 1, n - c) : vf{});
+    s = lane_numbers() < (int32_t)(n - c) ? s : splat(-INF);
+    store(z + c, s);
+    m = maximum(s, m);
+  }
+  return m;
+}
+// A row of a tensor whose elements lie side by side: as it is, or copied into `room`.
+INLINE View side_by_side(const View& x, int64_t& from, int64_t n, float* room) {
+  if (!x.data || x.stride[3] == 1) return x;
+  read_row(x, from, n, room);
+  from = 0;
+  return {room, Type::f32, {1, 1, 1, n}, {0, 0, 0, 1}};
+}
+
+// z = exp(z - M) -> the sums in the lanes of a vector. Meanwhile `before` is written and `next` fetched.
+template <class E>
+INLINE vf exponentials(float* z, float M, int64_t n, const Result<E>& before, const E* next) {
+  const float shift = M == -INF ? 0 : M;  // nothing to see: exp(-inf - 0) = 0 everywhere, where -inf - -inf would be NaN
+  vf l[2] = {};
+  auto step = [&](int64_t c) {
+    const Two t = load_two(z + c), e = {exp(t.a - shift), exp(t.b - shift)};
+    store_two(z + c, e);
+    l[0] += e.a, l[1] += e.b;
+    if (next)
+      UNROLL for (int64_t i = 0; i < 2 * W; i += 64 / (int64_t)sizeof(E)) __builtin_prefetch(next + c + i);
+  };
+  const int64_t both = least(n, before.n) / (2 * W) * (2 * W);
+  for (int64_t c = 0; c < both; c += 2 * W) step(c), before.put(c);
+  for (int64_t c = both; c < n; c += 2 * W) step(c);
+  before.put_from(both);
+  return l[0] + l[1];
+}
+
+// What lies some rows further on, whose memory is fetched; of short rows the processor itself looks ahead.
+template <class E>
+INLINE const E* ahead(const E* row, const View& x) {
+  return x.size[3] > 128 ? row + most(1, AHEAD / x.size[3]) * x.stride[2] : nullptr;
+}
+
+template <class E>
+static void softmax_rows_of(const Softmax& a, int64_t begin, int64_t end) {
+  const int64_t rows = a.x.size[2], columns = a.x.size[3], room = round_up(columns, 32);
+  const int64_t block = most(1, least(W, BLOCK / most(1, columns)));
+  const bool as_it_lies = !a.mask.data && a.x.stride[3] == 1;
+  ScratchBlock scratch((2 * block + 1) * room);
+  float *z = scratch.start().next, *other = z + block * room, *mask = other + block * room;
+  Result<E> result[W], before[W];
+  Place at_row(a.x, begin);
+
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t R = least(block, end - first);
+    const E* x[W];
+    vf r[W] = {};
+    float M[W], L[W];
+    for (int64_t i = 0; i < R; i++, at_row.next()) {
+      const int64_t b = at_row.b, h = at_row.h, k = at_row.k;
+      // causal, bottom-right: the last row sees every column
+      const int64_t n = a.causal ? most(0, least(columns, k + 1 + columns - rows)) : columns, from = at(a.x, b, h, k);
+      E* y = place<E>(a.y, at(a.y, b, h, k));
+      float* to = z + i * room;
+      x[i] = place<const E>(a.x, from);
+      if (as_it_lies) {
+        r[i] = scores(x[i], a.scale, n, to);
+      } else {
+        int64_t x_from = from, mask_from = at(a.mask, b, h, k);
+        const View row = side_by_side(a.x, x_from, n, to), row_mask = side_by_side(a.mask, mask_from, n, mask);
+        r[i] = masked_scores(row, x_from, row_mask, mask_from, a.scale, n, to);
+      }
+      result[i] = {to, y, 0, n, a.past_caches && aligned(y)};
+      for (int64_t c = n; c < columns; c++) y[c] = E{};
+    }
+    if (block == 1) M[0] = largest_lane(r[0]); else store(M, largest_lane(r));
+    for (int64_t i = 0; i < R; i++)
+      r[i] = exponentials(z + i * room, M[i], result[i].n, before[i], ahead(x[i], a.x));
+    if (block == 1) L[0] = sum_lanes(r[0]); else store(L, sum_lanes(r));
+    for (int64_t i = R; i < block; i++) before[i].put_from(0);  // of a last, smaller block
+    for (int64_t i = 0; i < block; i++) {
+      result[i].inverse = i >= R || L[i] == 0 ? 0 : 1 / L[i];
+      before[i] = i < R ? result[i] : Result<E>{};
+    }
+    float* swap = z;
+    z = other, other = swap;
+  }
+  for (int64_t i = 0; i < block; i++) before[i].put_from(0);
+  end_stream();
 }
 
 static void softmax_rows(void* context, int64_t begin, int64_t end) {
   const Softmax& a = *(const Softmax*)context;
-  const int64_t rows = a.x.size[2], columns = a.x.size[3], room = round_up(columns, 16);
-  ScratchBlock block(2 * room);
-  float *z = block.start().take(2 * room), *mask = z + room;
-
-  for (int64_t row = begin; row < end; row++) {
-    const int64_t i = row / rows / a.x.size[1], j = row / rows % a.x.size[1], k = row % rows;
-    // causal, bottom-right: the last row sees every column
-    const int64_t n = a.causal ? most(0, least(columns, k + 1 + columns - rows)) : columns;
-    const int64_t x = at(a.x, i, j, k), y = at(a.y, i, j, k);
-    const bool as_it_is = !a.mask.data && a.scale > 0;
-    if (as_it_is && plain(a.x, Type::f32) && plain(a.y, Type::f32)) {
-      softmax_row(place<const float>(a.x, x), a.scale, n, place<float>(a.y, y), place<float>(a.y, y));
-    } else if (as_it_is && plain(a.x, Type::bf16) && plain(a.y, Type::bf16)) {
-      softmax_row(place<const Bf16>(a.x, x), a.scale, n, z, place<Bf16>(a.y, y));
-    } else {
-      read_row(a.x, x, n, z);
-      if (a.mask.data) read_row(a.mask, at(a.mask, i, j, k), n, mask);
-      for (int64_t c = 0; c < n; c += W)
-        store(z + c, a.mask.data ? load(z + c) * a.scale + load(mask + c) : load(z + c) * a.scale);
-      softmax_row(z, 1, n, z, z);
-      write_row(a.y, y, n, z);
-    }
-    for (int64_t c = n; c < columns; c += W) write(a.y, y + c * a.y.stride[3], a.y.stride[3], columns - c, vf{});
-  }
+  if (a.x.type == Type::f32) softmax_rows_of<float>(a, begin, end);
+  else if (!a.mask.data && a.x.stride[3] == 1) softmax_rows_of<Bf16>(a, begin, end);
+  else softmax_rows_of<Bf16InOrder>(a, begin, end);
 }
 
-// dx = scale * y * (dy - sum(dy * y))
+// The parts of sum(dy y), in the lanes of a vector.
 template <class E>
-static void softmax_row_backward(const E* dy, const E* y, float scale, int64_t n, E* dx) {
-  vf dot[CHAINS] = {};
+INLINE vf products(const E* dy, const E* y, int64_t n) {
+  vf dot[4] = {};
   int64_t c = 0;
-  for (; c + CHAINS * W <= n; c += CHAINS * W)
-    UNROLL for (int i = 0; i < CHAINS; i++) dot[i] += load(dy + c + i * W) * load(y + c + i * W);
-  for (; c + W <= n; c += W) dot[0] += load(dy + c) * load(y + c);
-  vf last_dy = {}, last_y = {};
-  if (c < n) last_dy = load_few(dy + c, n - c, 0), last_y = load_few(y + c, n - c, 0);
-  const vf D = sum_lanes((dot[0] + dot[1]) + (dot[2] + dot[3]) + last_dy * last_y);
-  for (c = 0; c + W <= n; c += W) store(dx + c, (load(dy + c) - D) * (load(y + c) * scale));
-  if (c < n) store_few(dx + c, n - c, (last_dy - D) * (last_y * scale));
+  for (; c + 4 * W <= n; c += 4 * W) {
+    const Two g = load_two(dy + c), p = load_two(y + c), h = load_two(dy + c + 2 * W), q = load_two(y + c + 2 * W);
+    dot[0] += g.a * p.a, dot[1] += g.b * p.b, dot[2] += h.a * q.a, dot[3] += h.b * q.b;
+  }
+  for (; c < n; c += 2 * W) {
+    const bool whole = c + 2 * W <= n;
+    const Two g = whole ? load_two(dy + c) : load_few(dy + c, n - c), p = whole ? load_two(y + c) : load_few(y + c, n - c);
+    dot[0] += g.a * p.a, dot[1] += g.b * p.b;
+  }
+  return (dot[0] + dot[1]) + (dot[2] + dot[3]);
+}
+// dx = (dy - D) * (y * scale), E read and F written; meanwhile `next_dy` and `next_y` are fetched.
+template <class E, class F>
+INLINE void differences(const E* dy, const E* y, float D, float scale, int64_t n, const E* next_dy, const E* next_y,
+                        bool past_caches, F* dx) {
+  auto of = [=](Two g, Two p) -> Two { return {(g.a - D) * (p.a * scale), (g.b - D) * (p.b * scale)}; };
+  int64_t c = 0;
+  for (; c + 2 * W <= n; c += 2 * W) {
+    if (next_y)
+      UNROLL for (int64_t i = 0; i < 2 * W; i += 64 / (int64_t)sizeof(E))
+        __builtin_prefetch(next_dy + c + i), __builtin_prefetch(next_y + c + i);
+    const Two t = of(load_two(dy + c), load_two(y + c));
+    if (past_caches) stream_two(dx + c, t); else store_two(dx + c, t);
+  }
+  if (c < n) store_few(dx + c, n - c, of(load_few(dy + c, n - c), load_few(y + c, n - c)));
+}
+
+// dy and y are used where they lie if they are of E and without gaps, and else copied to rows of float32.
+template <class E, class F>
+static void softmax_rows_backward_of(const SoftmaxBackward& a, int64_t begin, int64_t end, bool copy) {
+  const int64_t columns = a.y.size[3], room = round_up(columns, 32);
+  const int64_t block = most(1, least(W, BLOCK / most(1, columns)));
+  ScratchBlock scratch(copy ? 2 * block * room : 0);
+  Place at_row(a.y, begin);
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t R = least(block, end - first);
+    const E *dy[W], *y[W];
+    F* dx[W];
+    vf r[W] = {};
+    float D[W];
+    for (int64_t i = 0; i < R; i++, at_row.next()) {
+      const int64_t b = at_row.b, h = at_row.h, k = at_row.k;
+      dy[i] = place<const E>(a.dy, at(a.dy, b, h, k)), y[i] = place<const E>(a.y, at(a.y, b, h, k));
+      dx[i] = place<F>(a.dx, at(a.dx, b, h, k));
+      if (copy) {
+        float *dy_room = scratch.start().next + 2 * i * room, *y_room = dy_room + room;
+        read_row(a.dy, at(a.dy, b, h, k), columns, dy_room);
+        read_row(a.y, at(a.y, b, h, k), columns, y_room);
+        dy[i] = (const E*)dy_room, y[i] = (const E*)y_room;
+      }
+      r[i] = products(dy[i], y[i], columns);
+    }
+    if (block == 1) D[0] = sum_lanes(r[0]); else store(D, sum_lanes(r));
+    for (int64_t i = 0; i < R; i++)
+      differences(dy[i], y[i], D[i], a.scale, columns, copy ? nullptr : ahead(dy[i], a.dy), copy ? nullptr : ahead(y[i], a.y),
+                  a.past_caches && aligned(dx[i]), dx[i]);
+  }
+  end_stream();
 }
 
 static void softmax_rows_backward(void* context, int64_t begin, int64_t end) {
   const SoftmaxBackward& a = *(const SoftmaxBackward*)context;
-  const int64_t rows = a.y.size[2], columns = a.y.size[3], room = round_up(columns, 16);
-  ScratchBlock block(2 * room);
-  float *dy_room = block.start().take(2 * room), *y_room = dy_room + room;
-  for (int64_t row = begin; row < end; row++) {
-    const int64_t i = row / rows / a.y.size[1], j = row / rows % a.y.size[1], k = row % rows;
-    const int64_t dy = at(a.dy, i, j, k), y = at(a.y, i, j, k), dx = at(a.dx, i, j, k);
-    if (plain(a.dy, Type::f32) && plain(a.y, Type::f32) && plain(a.dx, Type::f32)) {
-      softmax_row_backward(place<const float>(a.dy, dy), place<const float>(a.y, y), a.scale, columns,
-                           place<float>(a.dx, dx));
-    } else if (plain(a.dy, Type::bf16) && plain(a.y, Type::bf16) && plain(a.dx, Type::bf16)) {
-      softmax_row_backward(place<const Bf16>(a.dy, dy), place<const Bf16>(a.y, y), a.scale, columns,
-                           place<Bf16>(a.dx, dx));
-    } else {
-      read_row(a.dy, dy, columns, dy_room);
-      read_row(a.y, y, columns, y_room);
-      softmax_row_backward(dy_room, y_room, a.scale, columns, dy_room);
-      write_row(a.dx, dx, columns, dy_room);
-    }
-  }
+  const bool copy = a.dy.stride[3] != 1 || a.y.stride[3] != 1;
+  if (a.y.type == Type::f32) softmax_rows_backward_of<float, float>(a, begin, end, copy);
+  else if (!copy) softmax_rows_backward_of<Bf16, Bf16>(a, begin, end, false);
+  else softmax_rows_backward_of<float, Bf16InOrder>(a, begin, end, true);
 }

@@ -3,6 +3,7 @@
 // once per instruction set, inside a namespace.
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -28,6 +29,26 @@ INLINE vf load(const float* p) {
   return v;
 }
 INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
+// Past the caches, for results too large to stay in them: nothing is read before it is overwritten. p is aligned to W
+// floats. Other threads may read what a thread streamed once it has called end_stream().
+INLINE void stream(float* p, vf v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, (vf*)p);
+#elif MINIMAL_VECTOR_BYTES == 64
+  __builtin_ia32_movntps512(p, v);
+#elif MINIMAL_VECTOR_BYTES == 32
+  __builtin_ia32_movntps256(p, v);
+#elif defined(__SSE__)
+  __builtin_ia32_movntps(p, v);
+#else
+  store(p, v);
+#endif
+}
+INLINE void end_stream() {
+#if defined(__SSE__)
+  __builtin_ia32_sfence();
+#endif
+}
 INLINE vf splat(float x) { return x - vf{}; }
 
 // Called as maximum(new, so far): a NaN in `new` is dropped here, and comes back through exp.
@@ -46,6 +67,27 @@ INLINE vi lane_numbers() { return vi{0, 1, 2, 3}; }
 INLINE vf zip_low(vf a, vf b) { return SHUFFLE(a, b, 0, 4, 1, 5); }
 INLINE vf zip_high(vf a, vf b) { return SHUFFLE(a, b, 2, 6, 3, 7); }
 #endif
+
+// All lanes summed or compared: each step halves the number of different ones.
+INLINE float sum_lanes(vf v) {
+  UNROLL for (int n = 1; n < W; n *= 2) v = zip_low(v, v) + zip_high(v, v);
+  return v[0];
+}
+INLINE float largest_lane(vf v) {
+  UNROLL for (int n = 1; n < W; n *= 2) v = maximum(zip_low(v, v), zip_high(v, v));
+  return v[0];
+}
+// The same for W vectors at once, lane i for r[i], in the same order of additions.
+INLINE vf sum_lanes(vf (&r)[W]) {
+  UNROLL for (int step = W / 2; step > 0; step /= 2)
+    UNROLL for (int i = 0; i < step; i++) r[i] = zip_low(r[i], r[i + step]) + zip_high(r[i], r[i + step]);
+  return r[0];
+}
+INLINE vf largest_lane(vf (&r)[W]) {
+  UNROLL for (int step = W / 2; step > 0; step /= 2)
+    UNROLL for (int i = 0; i < step; i++) r[i] = maximum(zip_low(r[i], r[i + step]), zip_high(r[i], r[i + step]));
+  return r[0];
+}
 
 // r[i][j] <-> r[j][i]: log2(W) perfect shuffles.
 INLINE void transpose(vf (&r)[W]) {
@@ -106,13 +148,36 @@ INLINE vf from_bf16(const void* p) {
   __builtin_memcpy(&h, p, sizeof h);
   return (vf)(__builtin_convertvector(h, vu) << 16);
 }
+// To nearest, ties to even, in the upper half; the lower is not cleared. Rounding could carry a NaN into infinity: it is
+// kept, quiet.
+INLINE vu round_to_bf16(vf v) {
+  const vu u = (vu)v;
+  return v == v ? u + 0x7fffu + ((u >> 16) & 1u) : u | 0x400000u;
+}
 INLINE void to_bf16(void* p, vf v) {
-  vu u = (vu)v;
-  vu even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  vu bits = v == v ? even : ((u >> 16) | 0x40u);     // rounding could carry a NaN into infinity: keep it, quiet
-  vh h = __builtin_convertvector(bits, vh);
+  vh h = __builtin_convertvector(round_to_bf16(v) >> 16, vh);
   __builtin_memcpy(p, &h, sizeof h);
 }
+// 2 W neighbouring elements as two vectors. Of bfloat16 these are the even and the odd ones, which costs an operation
+// each, where a conversion in order costs more.
+struct Two {
+  vf a, b;
+};
+struct Bf16 {
+  uint16_t bits;
+};
+INLINE Two load_two(const float* p) { return {load(p), load(p + W)}; }
+INLINE Two load_two(const Bf16* p) {
+  vu pairs;
+  __builtin_memcpy(&pairs, p, sizeof pairs);
+  return {(vf)(pairs << 16), (vf)(pairs & 0xffff0000u)};
+}
+INLINE void store_two(float* p, Two t) { store(p, t.a), store(p + W, t.b); }
+INLINE void stream_two(float* p, Two t) { stream(p, t.a), stream(p + W, t.b); }
+INLINE vf pair_up(Two t) { return (vf)((round_to_bf16(t.a) >> 16) | (round_to_bf16(t.b) & 0xffff0000u)); }
+INLINE void store_two(Bf16* p, Two t) { store((float*)p, pair_up(t)); }
+INLINE void stream_two(Bf16* p, Two t) { stream((float*)p, pair_up(t)); }
+
 // true: 0, false: -inf, so that a boolean mask is added like any other
 INLINE vf from_bool(const void* p) {
   vb b;

@@ -123,6 +123,24 @@ def test_long_rows(isa):
         check((torch.randn(shape) * 5, 1.0, False, None, torch.randn(shape)))
 
 
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("dtype, shape", [(torch.float32, (90, 50_001)), (torch.bfloat16, (8800, 999))])
+@pytest.mark.parametrize("causal", [False, True])
+def test_results_too_large_for_the_caches(isa, dtype, shape, causal):  # they are written past them; rows begin anywhere
+    C.choose_instruction_set(isa)
+    x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    y, dx = both(run_fused, x, 1.0, causal, None, grad, dtype)
+    for row in (0, 1, 7, shape[0] // 2, shape[0] - 1):
+        seen = min(shape[1], max(0, row + 1 + shape[1] - shape[0])) if causal else shape[1]
+        small = both(run_fused, x[row, :seen].clone(), 1.0, False, None, grad[row, :seen].clone(), dtype)
+        assert torch.equal(y[row, :seen], small[0]) and y[row, seen:].eq(0).all()
+        torch.testing.assert_close(dx[row, :seen], small[1])
+        assert dx[row, seen:].eq(0).all()
+    torch.testing.assert_close(
+        y.float().sum(-1), torch.ones(shape[0]) if not causal else y.gt(0).any(-1).float(), atol=0.02, rtol=0
+    )
+
+
 def test_traps_axis_alignment_and_empty_rows_and_that_the_checks_see_them():
     plain = (torch.randn(5, 5), 1.0, False, None, torch.randn(5, 5))
     wide = (torch.randn(3, 4, 9), 1.0, True, None, torch.randn(3, 4, 9))
