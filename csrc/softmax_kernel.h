@@ -151,10 +151,10 @@ INLINE vf exponentials(float* z, float M, int64_t n, const Result<E>& before, co
   return l[0] + l[1];
 }
 
-// What lies some rows further on, whose memory is fetched; of short rows the processor itself looks ahead.
+// What lies some rows further on, whose memory is fetched; of `few` numbers a row the processor itself looks ahead.
 template <class E>
-INLINE const E* ahead(const E* row, const View& x) {
-  return x.size[3] > 128 ? row + most(1, AHEAD / x.size[3]) * x.stride[2] : nullptr;
+INLINE const E* ahead(const E* row, const View& x, int64_t few) {
+  return x.size[3] > few ? row + most(1, AHEAD / x.size[3]) * x.stride[2] : nullptr;
 }
 
 template <class E>
@@ -191,7 +191,7 @@ static void softmax_rows_of(const Softmax& a, int64_t begin, int64_t end) {
     }
     if (block == 1) M[0] = largest_lane(r[0]); else store(M, largest_lane(r));
     for (int64_t i = 0; i < R; i++)
-      r[i] = exponentials(z + i * room, M[i], result[i].n, before[i], ahead(x[i], a.x));
+      r[i] = exponentials(z + i * room, M[i], result[i].n, before[i], ahead(x[i], a.x, 128));
     if (block == 1) L[0] = sum_lanes(r[0]); else store(L, sum_lanes(r));
     for (int64_t i = R; i < block; i++) before[i].put_from(0);  // of a last, smaller block
     for (int64_t i = 0; i < block; i++) {
@@ -271,7 +271,8 @@ static void softmax_rows_backward_of(const SoftmaxBackward& a, int64_t begin, in
     }
     if (block == 1) D[0] = sum_lanes(r[0]); else store(D, sum_lanes(r));
     for (int64_t i = 0; i < R; i++)
-      differences(dy[i], y[i], D[i], a.scale, columns, copy ? nullptr : ahead(dy[i], a.dy), copy ? nullptr : ahead(y[i], a.y),
+      differences(dy[i], y[i], D[i], a.scale, columns, copy ? nullptr : ahead(dy[i], a.dy, 256),
+                  copy ? nullptr : ahead(y[i], a.y, 256),
                   a.past_caches && aligned(dx[i]), dx[i]);
   }
   end_stream();
