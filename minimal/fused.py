@@ -15,7 +15,8 @@ its own; a row with nothing to attend to gives zeros and zero gradients instead 
     out = fused.attention(q, k, v, causal=True)     # the kernels where they can, else the same in plain PyTorch
     print(fused.why_not(q, k, v) or "fused")        # one line: why the slow path runs
 
-MINIMAL_FUSED=0 in the environment, read at import, forces plain PyTorch. `python -m minimal.fused` shows what runs.
+MINIMAL_FUSED=0 in the environment, read at import, forces plain PyTorch; MINIMAL_FUSED=cuda lets tensors on a GPU take
+the CUDA kernels, which no GPU has run yet: else they take PyTorch's. `python -m minimal.fused` shows what runs.
 
 This is the one file that knows the compiled module minimal/_C (built by setup.py from csrc/, which holds the schemas).
 Here are the rules beside them: fake (shapes, for torch.compile and torch.export) and autograd (once differentiable).
@@ -36,7 +37,8 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 MAX_HEAD_SIZE = 256
-_DTYPES = (torch.float32, torch.bfloat16)
+_CPU_DTYPES, _CUDA_DTYPES = (torch.float32, torch.bfloat16), (torch.float32, torch.float16, torch.bfloat16)
+_CUDA_HEAD_SIZES = (32, 64, 96, 128)
 
 
 # ------------------------------------------------------------------------------------------------ loading, once
@@ -161,14 +163,20 @@ def _eager(op, context, backward, leaves: int):
     def call(*inputs):
         if torch.compiler.is_compiling():
             return op(*inputs)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:leaves]):
+        if torch.is_grad_enabled() and any([x.requires_grad for x in inputs[:leaves]]):
             return rule.apply(*inputs)
-        return below(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
 
     return call
 
 
 _reason = _load()  # None: the operators are there
+_cuda = (
+    _reason is None
+    and os.environ.get("MINIMAL_FUSED") == "cuda"
+    and torch._C._dispatch_has_kernel_for_dispatch_key("minimal::attention", "CUDA")
+)
 if _reason is None:
     _softmax = _eager(torch.ops.minimal.softmax.default, _softmax_context, _softmax_backward, leaves=1)
     _attention = _eager(torch.ops.minimal.attention.default, _attention_context, _attention_backward, leaves=3)
@@ -184,15 +192,21 @@ def available() -> bool:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that attention computes in: x's own or, under autocast, what autocast gives to PyTorch's attention."""
-    if torch.is_autocast_enabled("cpu") and x.is_floating_point() and x.dtype != torch.float64:
-        return torch.get_autocast_dtype("cpu")
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
     return x.dtype
 
 
 def _unfit(name: str, x: Tensor) -> str | None:
-    if not x.is_cpu or x.layout != torch.strided:
-        return f"{name} is a {x.layout} tensor on {x.device}; the fused path takes dense tensors on the CPU"
+    if not (x.is_cpu or (x.is_cuda and _cuda)) or x.layout != torch.strided:
+        where = "on the CPU, and on a GPU with MINIMAL_FUSED=cuda" if x.is_cuda else "on the CPU"
+        return f"{name} is a {x.layout} tensor on {x.device}; the fused path takes dense tensors {where}"
     return None
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _unfit_option(name: str, x: Tensor) -> str | None:
@@ -217,6 +231,7 @@ def why_not(
     mask: Tensor | None = None,
     dropout: float = 0.0,
     slopes: Tensor | None = None,
+    softcap: float = 0.0,
     rotary: tuple[Tensor, Tensor] | None = None,
 ) -> str | None:
     """None when attention(q, k, v, mask=mask, ...) runs fused; else one line that says why not. Give what is known.
@@ -231,19 +246,29 @@ def why_not(
         return "forward-mode differentiation is on: the fused path has the backward mode only"
     if _functorch.maybe_current_level() is not None:
         return "inside a transform of torch.func (grad, vmap, ...): the fused path has no rules for them"
-    dtype = None
+    dtype, autocast = None, torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is None:
             continue
         if (reason := _unfit(name, x)) is not None:
             return reason
-        own = _compute_dtype(x)
-        if own not in _DTYPES or own != (dtype or own):
-            return f"{name} has dtype {own}; the fused path takes q, k and v all float32 or all bfloat16"
+        own, takes, shape = (
+            _compute_dtype(x) if autocast else x.dtype,
+            _CPU_DTYPES if x.is_cpu else _CUDA_DTYPES,
+            x.shape,
+        )
+        if own not in takes or own != (dtype or own):
+            return f"{name} has dtype {own}; the fused path takes q, k and v all {' or all '.join(map(_word, takes))}"
         dtype = own
-        if x.dim() != 4 or not 1 <= x.shape[3] <= MAX_HEAD_SIZE:
+        if len(shape) != 4 or not 1 <= shape[3] <= MAX_HEAD_SIZE:
             wanted = f"4 dimensions, the last of 1 to {MAX_HEAD_SIZE}"
-            return f"{name} has shape {tuple(x.shape)}; the fused path takes {wanted}"
+            return f"{name} has shape {tuple(shape)}; the fused path takes {wanted}"
+        if takes is _CUDA_DTYPES and shape[3] not in _CUDA_HEAD_SIZES:
+            return f"{name} has shape {tuple(shape)}; the CUDA kernels take head sizes of {_CUDA_HEAD_SIZES}"
+        if takes is _CUDA_DTYPES and not (mask is None and slopes is None and rotary is None and softcap == 0):
+            return "mask, slopes, softcap or rotary: the CUDA kernels have none"
+    if mask is None and slopes is None and rotary is None:
+        return None
     for name, x in (("slopes", slopes), *zip(("cos", "sin"), rotary or (), strict=False)):
         if x is not None and (reason := _unfit_option(name, x)) is not None:
             return reason
@@ -288,12 +313,12 @@ def attention(
     Raises RuntimeError, in one line that names the argument, for sizes or dtypes that do not fit together.
     """
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
-    if why_not(q, k, v, mask=mask, slopes=slopes, rotary=rotary) is not None:
+    if why_not(q, k, v, mask=mask, slopes=slopes, softcap=softcap, rotary=rotary) is not None:
         return _plain_attention(q, k, v, causal, mask, scale, cu_seqlens, window, slopes, softcap, rotary)
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(_compute_dtype(x)) for x in (q, k, v))
     if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to("cpu", torch.int32).contiguous()
+        cu_seqlens = cu_seqlens.to(q.device, torch.int32).contiguous()
     cos, sin = rotary or (None, None)
     return _attention(q, k, v, mask, scale, causal, cu_seqlens, window, slopes, softcap, cos, sin)[0]
 
@@ -306,7 +331,7 @@ def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False, mask: Tensor
     """
     if (
         _reason is not None
-        or x.dtype not in _DTYPES
+        or x.dtype not in (_CPU_DTYPES if x.is_cpu else _CUDA_DTYPES)
         or x.dim() == 0
         or _unfit("x", x) is not None
         or forward_ad._current_level >= 0
