@@ -266,11 +266,27 @@ INLINE Range rows_of_group(const Tile& t, const Block& k, int64_t n) {
   return {begin, most(begin, row_of(k, t.hi[least(n + GROUP, t.qn) - 1]))};
 }
 
+// What a boolean mask leaves of a block: a block of which nothing is left is skipped, and one that is left whole needs no
+// mask, so a mask that keeps documents apart costs little more than cu_seqlens.
+enum class Sight { nothing, part, everything };
+static Sight sight_of(const Attention& a, const Tile& t, const Block& k) {
+  const View& mask = a.scores.mask;
+  if (!mask.data) return Sight::everything;
+  if (mask.type != Type::boolean || mask.stride[3] != 1) return Sight::part;
+  uint8_t any = 0, all = 1;
+  for (int64_t i = 0; i < (mask.stride[2] ? t.qn : 1); i++) {
+    const uint8_t* row = (const uint8_t*)mask.data + at(mask, t.b, t.h, t.q0 + i) + k.k0;
+    for (int64_t j = 0; j < k.kn; j++) any |= row[j], all &= row[j];
+  }
+  return all ? Sight::everything : any ? Sight::part : Sight::nothing;
+}
+
 // What is done to S' before its softmax: soft cap, slopes, mask. `slope`, if given, gets the derivative of the soft cap.
-static void adjust(const Attention& a, const Tile& t, const Block& k, float* s, float* slope, float* room) {
+static void adjust(const Attention& a, const Tile& t, const Block& k, Sight sight, float* s, float* slope, float* room) {
   const Scores& z = a.scores;
+  if (sight == Sight::everything && !z.slopes.data && z.softcap == 0) return;
   const int64_t NQ = t.NQ, from = at(z.mask, t.b, t.h, t.q0) + k.k0 * z.mask.stride[3];
-  const bool masked = z.mask.data, shared = z.mask.stride[2] == 0;
+  const bool masked = sight == Sight::part, shared = z.mask.stride[2] == 0;
   if (masked && shared)  // the same for every query: read once
     for (int64_t j = 0; j < k.kn; j += W)
       store(room + j, read(z.mask, from + j * z.mask.stride[3], z.mask.stride[3], k.kn - j));
@@ -296,7 +312,6 @@ static void adjust(const Attention& a, const Tile& t, const Block& k, float* s, 
     }
   }
 }
-INLINE bool adjusts(const Scores& z) { return z.mask.data || z.slopes.data || z.softcap > 0; }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
@@ -352,9 +367,11 @@ static void forward_tile(const Attention& a, int64_t b, int64_t h, int64_t q0, R
   const int64_t begin = t.begin() / KEYS * KEYS;
   for (int64_t k0 = begin; k0 < t.end(); k0 += KEYS) {
     const Block k = block_of(t, k0, t.end());
+    const Sight sight = sight_of(a, t, k);
+    if (sight == Sight::nothing) continue;
     for (Run r; next_run(t, k, r, GRAIN, NQ);)  // (keys,D) x (D,queries) -> (keys,queries)
       product(r.end - r.j, r.last - r.first, D, K[k0 + r.j], K.ld, 1, q + r.first, NQ, s + r.j * NQ + r.first, NQ, false);
-    if (adjusts(a.scores)) adjust(a, t, k, s, nullptr, room);
+    adjust(a, t, k, sight, s, nullptr, room);
     softmax_block(t, k, s, m, l, alpha);
     if (k0 > begin)
       for (int64_t i = 0; i < qn; i++)
@@ -462,12 +479,14 @@ static void backward_range(const Attention& a, int64_t b, Range h_range, Range q
 
       for (int64_t k0 = begin; k0 < end; k0 += KEYS) {
         const Block k = block_of(t, k0, end);
+        const Sight sight = sight_of(a, t, k);
+        if (sight == Sight::nothing) continue;
         for (Run r; next_run(t, k, r, GRAIN, NQ);) {  // (keys,D) x (D,queries) -> (keys,queries), twice
           const int64_t to = r.j * NQ + r.first;
           product(r.end - r.j, r.last - r.first, D, K[k0 - k_base + r.j], K.ld, 1, q + r.first, NQ, p + to, NQ, false);
           product(r.end - r.j, r.last - r.first, Dv, V[k0 - k_base + r.j], V.ld, 1, g + r.first, NQ, ds + to, NQ, false);
         }
-        if (adjusts(a.scores)) adjust(a, t, k, p, slope, room);
+        adjust(a, t, k, sight, p, slope, room);
         for (int64_t n = 0; n < NQ; n += W) {
           const vf L = load(lse + n), Delta = load(delta + n);
           const Seen rows = rows_seen(t, k, n);

@@ -304,6 +304,20 @@ def test_single_queries(isa, case, data):  # decoding: a kernel of its own, for 
     check(case, **data.draw(options(case)))
 
 
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_that_a_mask_hides_or_leaves_whole(isa, dtype):  # 64 by 64 scores; the kernel looks before it computes
+    C.choose_instruction_set(isa)
+    T = 200
+    number = torch.searchsorted(torch.tensor([0, 64, 70, 128]), torch.arange(T), right=True)
+    apart = number[:, None] == number
+    empty_rows = apart.clone()
+    empty_rows[64:128] = False
+    for mask in (apart, apart | (torch.rand(T, T) < 0.001), empty_rows, apart.expand(2, 4, T, T), ~apart, apart[:, :1]):
+        for causal in (False, True):
+            check(simple(T, T, dtype=dtype, mask=mask, causal=causal))
+
+
 def test_what_is_not_seen_has_no_influence():  # packed documents must not leak, nor a window
     q, k, v, _, scale, _, _ = simple(96, 96)
     cu = torch.tensor([0, 41, 43, 130, 192])  # a document ends at the row's end in any case
