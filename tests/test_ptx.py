@@ -1,0 +1,535 @@
+# SPDX-License-Identifier: MIT
+"""tests/cuda/ptx.py, which executes nvcc's PTX in numpy: on small kernels of its own, and on faults put into them.
+
+Oracles: numpy and torch in float64, Python's integers. Nothing here needs a GPU; without nvcc all is skipped.
+"""
+
+import math
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "cuda"))
+import ptx  # noqa: E402
+
+if shutil.which("nvcc") is None:
+    pytest.skip("no nvcc on the PATH, which makes the PTX", allow_module_level=True)
+
+
+def compiled(folder, name, source, *flags, arch="compute_80"):
+    """The PTX of a .cu file with this text."""
+    cu, out = folder / f"{name}.cu", folder / f"{name}.ptx"
+    cu.write_text(source)
+    command = ["nvcc", "-ptx", f"-arch={arch}", "-std=c++17", "-O3", *flags, str(cu), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out.read_text()
+
+
+# ---------------------------------------------------------------------------------------------- kernels to try it on
+
+# Rows of a matrix; one argument, a struct; shuffles within a warp and shared memory between the two warps of a block.
+SOFTMAX = r"""
+#include <cuda_bf16.h>
+struct Arguments { const float* x; __nv_bfloat16* y; long long x_stride, y_stride; int rows, columns; float scale; };
+
+__device__ float block_sum(float value, float* partial, bool maximum, int fault) {
+  for (int offset = 16; offset > 0; offset /= 2) {
+    if (fault == 4 && threadIdx.x % 32 >= 16) break;  // half of the warp does not come to the shuffle
+    const float other = __shfl_xor_sync(0xffffffffu, value, offset);
+    value = maximum ? fmaxf(value, other) : value + other;
+  }
+  if (fault != 1 || threadIdx.x / 32 == 0)  // 1: the second warp's part is never written
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+  if (fault == 2 && threadIdx.x < 32) __syncthreads();  // 2: the first warp waits once more than the second
+  if (fault != 3) __syncthreads();
+  value = maximum ? fmaxf(partial[0], partial[1]) : partial[0] + partial[1];
+  __syncthreads();
+  return value;
+}
+
+template <int fault> __global__ void __launch_bounds__(64) softmax(Arguments a) {
+  __shared__ float partial[2];
+  const float* x = a.x + blockIdx.x * a.x_stride;
+  __nv_bfloat16* y = a.y + blockIdx.x * a.y_stride;
+  float m = -INFINITY, l = 0.f;
+  for (int j = threadIdx.x; j < a.columns; j += 64) m = fmaxf(m, a.scale * x[j]);
+  m = block_sum(m, partial, true, fault == 1);
+  for (int j = threadIdx.x; j < a.columns; j += 64) l += __expf(a.scale * x[j] - m);
+  l = block_sum(l, partial, false, fault);
+  const int end = fault == 5 ? (a.columns + 63) / 64 * 64 : a.columns;  // 5: the ragged end of a row is overrun
+  for (int j = threadIdx.x; j < end; j += 64) y[j] = __float2bfloat16(__expf(a.scale * x[j] - m) / l);
+  if (fault == 6) a.y[threadIdx.x] = __float2bfloat16(0.f);  // 6: every block writes the first row
+  if (fault == 7) *(double*)(a.y + 1) = 0.;  // 7: misaligned
+  if (fault == 8) const_cast<float*>(a.x)[threadIdx.x] = 0.f;  // 8: writes its input
+  if (fault == 9) while (a.columns) __threadfence();  // 9: no end
+}
+#define INSTANCE(n) template __global__ void softmax<n>(Arguments);
+INSTANCE(0) INSTANCE(1) INSTANCE(2) INSTANCE(3) INSTANCE(4) INSTANCE(5) INSTANCE(6) INSTANCE(7) INSTANCE(8) INSTANCE(9)
+"""
+ARGUMENTS = np.dtype(
+    [("x", "u8"), ("y", "u8"), ("strides", "i8", 2), ("rows", "i4"), ("columns", "i4"), ("scale", "f4")], align=True
+)
+
+# C = A B, one warp for each 16 x 8 tile: cp.async into dynamic shared memory, ldmatrix (B's transposed), mma.
+PRODUCT = r"""
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cstdint>
+#include <type_traits>
+template <typename T> __device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#define MMA(type) asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, " \
+      "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (std::is_same_v<T, __half>) MMA("f16"); else MMA("bf16");
+}
+
+template <typename T, int fault>
+__global__ void product(const T* __restrict__ A, const T* __restrict__ B, float* __restrict__ C, int K, int N) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  T* a = reinterpret_cast<T*>(memory) + threadIdx.y * (16 * 16 + 16 * 8);  // (16, 16), (16, 8) for each warp
+  T* b = a + 16 * 16;
+  const int lane = threadIdx.x, column = 8 * (blockIdx.x * blockDim.y + threadIdx.y), row = 16 * blockIdx.y;
+  float c[4] = {0.f, 0.f, 0.f, 0.f};
+  for (int k = 0; k < K; k += 16) {
+    const int r = lane / 2, s = lane % 2 * 8;
+    const int left = min(max(2 * (K - k - s), 0), 16);  // bytes of the piece that are within K; the others become zeros
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"((uint32_t)__cvta_generic_to_shared(a + 16 * r + s)),
+                 "l"(A + (row + r) * (int64_t)K + k + s), "r"(left));
+    if (lane < 16)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"((uint32_t)__cvta_generic_to_shared(b + 8 * lane)),
+                   "l"(B + (k + lane) * (int64_t)N + column), "r"(k + lane < K ? 16 : 0));
+    asm volatile("cp.async.commit_group;");
+    if (fault != 1) asm volatile("cp.async.wait_group 0;");
+    if (fault != 2) __syncwarp();
+    if (fault == 3 && lane == 7) return;
+    uint32_t fa[4], fb[2];
+    const T* pa = a + 16 * (lane % 16) + 8 * (lane / 16);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(fa[0]), "=r"(fa[1]), "=r"(fa[2]), "=r"(fa[3]) : "r"((uint32_t)__cvta_generic_to_shared(pa)));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(fb[0]), "=r"(fb[1]) : "r"((uint32_t)__cvta_generic_to_shared(b + 8 * (lane % 16))));
+    mma<T>(c, fa, fb);
+    __syncwarp();
+  }
+  float* out = C + (row + lane / 4) * (int64_t)N + column + lane % 4 * 2;
+  *reinterpret_cast<float2*>(out) = make_float2(c[0], c[1]);
+  *reinterpret_cast<float2*>(out + 8 * (int64_t)N) = make_float2(c[2], c[3]);
+}
+#define INSTANCE(T, n) template __global__ void product<T, n>(const T*, const T*, float*, int, int);
+INSTANCE(__half, 0) INSTANCE(__nv_bfloat16, 0) INSTANCE(__half, 1) INSTANCE(__half, 2) INSTANCE(__half, 3)
+"""
+
+# One result after another, each beside what it should be.
+ARITHMETIC = r"""
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+__device__ unsigned permute(unsigned a, unsigned b, unsigned selector) {  // __byte_perm clears the bits that ask for signs
+  unsigned to;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(to) : "r"(a), "r"(b), "r"(selector));
+  return to;
+}
+extern "C" __global__ void integers(const int* a_, const int* b_, long long* out) {
+  const int n = gridDim.x * blockDim.x, i = blockIdx.x * blockDim.x + threadIdx.x, a = a_[i], b = b_[i];
+  const unsigned ua = a, ub = b;
+  const long long la = (long long)a * 0x100000001LL, lb = b;
+  out += i;
+  const auto put = [&](long long x) { *out = x; out += n; };
+  put(a / b); put(a % b); put(ua / ub); put(ua % ub); put((long long)a * b); put(__mulhi(a, b)); put(__umulhi(ua, ub));
+  put(a >> (b & 31)); put(ua >> (ub & 31)); put(a << (b & 31)); put(la >> (b & 63)); put(la / lb); put(la % lb);
+  put(a / 7); put(ua / 10); put((ua >> 5) & 63); put((short)a); put((signed char)b); put((unsigned char)a);
+  put(min(a, b)); put(max(ua, ub)); put(abs(a)); put(a < b); put(ua < ub); put((a & b) | (a ^ ~b)); put(-a);
+  put(__funnelshift_l(ua, ub, b)); put(__funnelshift_r(ua, ub, b)); put(__byte_perm(a, b, 0x5342)); put(permute(a, b, b));
+  int local[8];
+  for (int k = 0; k < 8; k++) local[(k + a) & 7] = k * a;
+  put(local[b & 7]);
+  put(__ballot_sync(0xffffffffu, a < b)); put(__any_sync(0xffffffffu, b == 1)); put(__all_sync(0xffffffffu, b > -1000));
+  put(__shfl_up_sync(0xffffffffu, a, 3)); put(__shfl_down_sync(0xffffffffu, a, 5)); put(__shfl_sync(0xffffffffu, a, b & 31));
+  put(__shfl_xor_sync(0xffffffffu, a, 6, 8)); put(__shfl_down_sync(0xffffffffu, a, 2, 8));
+}
+extern "C" __global__ void floats(const float* x_, const float* y_, float* out) {
+  const int n = gridDim.x * blockDim.x, i = blockIdx.x * blockDim.x + threadIdx.x;
+  const float x = x_[i], y = y_[i];
+  out += i;
+  const auto put = [&](float v) { *out = v; out += n; };
+  put(x + y); put(x * y); put(fmaf(x, y, -x)); put(x / y); put(1 / x); put(sqrtf(x)); put(exp2f(x)); put(log2f(x));
+  put(fminf(x, y)); put(fmaxf(x, y)); put(fabsf(x)); put(x < y); put(!(x < y)); put(x != y); put(x == y); put(isnan(x));
+  put(__float2int_rn(x)); put(__float2int_rz(x)); put(floorf(x)); put(__saturatef(x)); put((float)__float2int_rn(y));
+  put(__half2float(__float2half(x))); put(__bfloat162float(__float2bfloat16(x)));
+  const __half2 h = __hfma2(__floats2half2_rn(x, y), __floats2half2_rn(y, y), __floats2half2_rn(1.f, x));
+  put(__low2float(h)); put(__high2float(h));
+  const __nv_bfloat162 b = __hadd2(__floats2bfloat162_rn(x, y), __floats2bfloat162_rn(y, 3.f));
+  put(__low2float(b)); put(__high2float(b));
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ptx")
+
+
+@pytest.fixture(scope="module")
+def softmax(folder):
+    return compiled(folder, "softmax", SOFTMAX)
+
+
+@pytest.fixture(scope="module")
+def product(folder):
+    return compiled(folder, "product", PRODUCT)
+
+
+# ---------------------------------------------------------------------------------------------- the interpreter itself
+
+
+def wrapped(x, bits, signed=True):
+    """A Python integer as an integer of so many bits."""
+    x &= (1 << bits) - 1
+    return x - (1 << bits) if signed and x >> (bits - 1) else x
+
+
+def test_integers_against_those_of_python(folder):
+    rng = np.random.default_rng(0)
+    n = 128
+    a, b = rng.integers(-(2**31), 2**31, (2, n)).astype(np.int32)
+    a[:32] %= 100
+    b[:64] %= 50
+    b[b == 0] = 1
+    a[-1], b[-1] = -(2**31), 3
+    kernel = ptx.Kernel(compiled(folder, "arithmetic", ARITHMETIC), "integers")
+    memory = ptx.Memory()
+    out = memory.add(np.full((64, n), 99, np.int64), writable=True)
+    ptx.launch(kernel, 2, n // 2, [np.uint64(memory.add(a)), np.uint64(memory.add(b)), np.uint64(out)], memory)
+    got = memory.array(out)
+
+    def c_div(x, y):
+        return abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1)
+
+    def byte_perm(x, y, selector):
+        both = (y << 32 | x).to_bytes(8, "little")
+        chosen = []
+        for i in range(4):
+            s = selector >> 4 * i & 15
+            chosen.append(both[s & 7] if s < 8 else 255 * (both[s & 7] >> 7))
+        return int.from_bytes(bytes(chosen), "little")
+
+    for i, (x, y) in enumerate(zip(a.tolist(), b.tolist(), strict=True)):
+        ux, uy, lx = x % 2**32, y % 2**32, wrapped(x * 0x100000001, 64)
+        first, lane = i // 32 * 32, i % 32
+        warp_a, warp_b = a[first : first + 32].tolist(), b[first : first + 32].tolist()
+        local = {(k + x) & 7: k * x for k in range(8)}
+        wanted = [c_div(x, y), x - y * c_div(x, y), ux // uy, ux % uy, x * y, x * y >> 32, ux * uy >> 32]
+        wanted += [x >> (y & 31), ux >> (y & 31), wrapped(x << (y & 31), 32), lx >> (y & 63), c_div(lx, y)]
+        wanted += [lx - y * c_div(lx, y), c_div(x, 7), ux // 10, ux >> 5 & 63, wrapped(x, 16), wrapped(y, 8), x & 255]
+        wanted += [min(x, y), max(ux, uy), wrapped(abs(x), 32), x < y, ux < uy, (x & y) | (x ^ ~y), wrapped(-x, 32)]
+        both = uy << 32 | ux
+        wanted += [(both << (y & 31)) >> 32 & (2**32 - 1), both >> (y & 31) & (2**32 - 1)]
+        wanted += [byte_perm(ux, uy, 0x5342), byte_perm(ux, uy, uy), wrapped(local[y & 7], 32)]
+        wanted += [sum((p < q) << k for k, (p, q) in enumerate(zip(warp_a, warp_b, strict=True)))]
+        wanted += [any(q == 1 for q in warp_b), all(q > -1000 for q in warp_b)]
+        wanted += [warp_a[lane - 3 if lane >= 3 else lane], warp_a[lane + 5 if lane + 5 < 32 else lane], warp_a[y & 31]]
+        wanted += [warp_a[lane ^ 6], warp_a[lane + 2 if lane % 8 + 2 < 8 else lane]]
+        assert [wrapped(int(w), 64) for w in wanted] == got[: len(wanted), i].tolist(), (i, x, y)
+
+
+def test_floats_against_numpy_and_torch(folder):
+    rng = np.random.default_rng(0)
+    n = 128
+    x, y = (rng.standard_normal((2, n)) * 10 ** rng.uniform(-2, 1, (2, n))).astype(np.float32)
+    x[:8] = 0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, 1e-41, 65519.0
+    y[:8] = 1.0, 0.0, 1.0, np.nan, 2.0, np.nan, -1e-41, 2.5
+    kernel = ptx.Kernel((folder / "arithmetic.ptx").read_text(), "floats")
+    memory = ptx.Memory()
+    out = memory.add(np.full((32, n), 99, np.float32), writable=True)
+    ptx.launch(kernel, 1, n, [np.uint64(memory.add(x)), np.uint64(memory.add(y)), np.uint64(out)], memory)
+    X, Y = x.astype(np.float64), y.astype(np.float64)
+
+    def through(values, dtype):
+        return torch.from_numpy(np.asarray(values, np.float32)).to(dtype).double().numpy()
+
+    def integer(values, how):
+        return np.where(np.isnan(values), 0, np.clip(how(values), -(2.0**31), 2.0**31 - 1))
+
+    with np.errstate(all="ignore"):
+        wanted = [X + Y, X * Y, X * Y - X, X / Y, 1 / X, np.sqrt(X), np.exp2(X), np.log2(X), np.fmin(X, Y), np.fmax(X, Y)]
+        wanted += [np.abs(X), X < Y, ~(X < Y), X != Y, X == Y, np.isnan(X), integer(X, np.rint), integer(X, np.trunc)]
+        wanted += [np.floor(X), np.where(X > 0, np.minimum(X, 1), 0), integer(Y, np.rint)]
+        wanted += [through(X, torch.float16), through(X, torch.bfloat16)]
+        f16x, f16y, bf16x, bf16y = (through(v, t) for t in (torch.float16, torch.bfloat16) for v in (X, Y))
+        wanted += [through(f16x * f16y + 1, torch.float16), through(f16y * f16y + f16x, torch.float16)]
+        wanted += [through(bf16x + bf16y, torch.bfloat16), through(bf16y + 3, torch.bfloat16)]
+        for k, (got, want) in enumerate(zip(memory.array(out), wanted, strict=False)):
+            close = np.abs(got - want) <= 3e-7 * np.abs(want)
+            assert (close | (got == want.astype(np.float32)) | (np.isnan(got) & np.isnan(want))).all(), (k, got, want)
+
+
+def run_softmax(text, fault=0, rows=3, columns=100):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, columns + 3), dtype=np.float32)
+    memory = ptx.Memory()
+    # the last row ends with the array: what is read or written past it is outside
+    at = memory.add(x.reshape(-1)[: (rows - 1) * (columns + 3) + columns])
+    y = memory.add(np.full((rows, columns), 0, np.uint16), writable=True)
+    a = np.array((at, y, (columns + 3, columns), rows, columns, 0.7), ARGUMENTS)
+    steps = ptx.launch(ptx.Kernel(text, f"softmaxILi{fault}E"), rows, 64, [a], memory, limit=20_000)
+    got = torch.from_numpy(memory.array(y).view(np.int16)).view(torch.bfloat16).double()
+    wanted = torch.softmax(0.7 * torch.from_numpy(x[:, :columns]).double(), -1)
+    return got, wanted, steps
+
+
+@pytest.mark.parametrize("arch", ["compute_80", "compute_90"])
+def test_softmax(folder, arch):
+    for rows, columns in [(3, 100), (1, 1), (2, 64), (5, 200)]:
+        got, wanted, _ = run_softmax(compiled(folder, f"softmax_{arch}", SOFTMAX, arch=arch), 0, rows, columns)
+        assert ((got - wanted).abs() <= 2.0**-8 * wanted).all()
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        (2, "nobody can go on: .*bar"),
+        (3, "reads what another wrote.*race"),
+        (4, "nobody can go on: .*shfl"),
+        (5, "4 bytes at global .*outside"),
+        (6, "writes where another wrote at global.*race"),
+        (7, "8 bytes at global .*misaligned"),
+        (8, "writes 4 bytes at global .*not allowed"),
+        (9, "no end"),
+    ],
+)
+def test_a_fault_is_raised(softmax, fault, message):
+    with pytest.raises(ptx.Fault, match=message):
+        run_softmax(softmax, fault)
+
+
+def test_shared_memory_that_nobody_wrote_is_nan(softmax):
+    assert run_softmax(softmax, 1)[0].isnan().all()
+
+
+def run_product(text, dtype, fault=0, M=32, K=48, N=32):
+    """Two warps in a block, side by side; A, B and their product in float64."""
+    gen = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(shape, generator=gen).to(dtype) for shape in ((M, K), (K, N)))
+    memory = ptx.Memory()
+    a, b = (memory.add(x.view(torch.int16).numpy()) for x in (A, B))
+    c = memory.add(np.full((M, N), np.nan, np.float32), writable=True)
+    name = f"product{'I6__half' if dtype == torch.float16 else 'I13__nv_bfloat16'}Li{fault}E"
+    arguments = [np.uint64(a), np.uint64(b), np.uint64(c), np.int32(K), np.int32(N)]
+    ptx.launch(ptx.Kernel(text, name), (N // 16, M // 16), (32, 2), arguments, memory, dynamic_shared=2 * 384 * 2)
+    return torch.from_numpy(memory.array(c).copy()).double(), A.double(), B.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_matrix_product_with_copies_ldmatrix_and_mma(product, dtype):
+    for M, K, N in [(32, 48, 32), (16, 16, 16), (16, 40, 16)]:  # 40: the last tile is half beyond the end
+        got, A, B = run_product(product, dtype, 0, M, K, N)
+        assert ((got - A @ B).abs() <= 2.0**-23 * K * (A.abs() @ B.abs())).all()
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        (2, "reads what another wrote at shared.*race"),
+        (3, "nobody can go on: .*ldmatrix"),
+    ],
+)
+def test_a_fault_of_the_product_is_raised(product, fault, message):
+    with pytest.raises(ptx.Fault, match=message):
+        run_product(product, torch.float16, fault)
+
+
+def test_a_copy_that_is_not_waited_for_is_not_there(product):
+    assert run_product(product, torch.float16, 1)[0].isnan().all()
+
+
+def test_shared_memory_is_exactly_as_large_as_asked_for(product):
+    memory = ptx.Memory()
+    a, b = (memory.add(np.zeros((16, 16), np.int16)) for _ in range(2))
+    c = memory.add(np.zeros((16, 16), np.float32), writable=True)
+    arguments = [np.uint64(a), np.uint64(b), np.uint64(c), np.int32(16), np.int32(16)]
+    kernel = ptx.Kernel(product, "productI6__halfLi0E")
+    ptx.launch(kernel, 1, (32, 2), arguments, memory, dynamic_shared=2 * 384 * 2)
+    with pytest.raises(ptx.Fault, match="writes 16 bytes at shared .*outside"):
+        ptx.launch(kernel, 1, (32, 2), arguments, memory, dynamic_shared=2 * 384 * 2 - 16)
+
+
+def test_what_is_not_known_is_refused(softmax):
+    with pytest.raises(NotImplementedError, match="sin.approx"):
+        ptx.Kernel(softmax.replace("ex2.approx", "sin.approx"), "softmaxILi0E")
+    with pytest.raises(NotImplementedError, match="relu"):
+        ptx.Kernel(softmax.replace("cvt.rn.bf16", "cvt.rn.relu.bf16"), "softmaxILi0E")
+    with pytest.raises(KeyError, match="no kernel 'hardmax'"):
+        ptx.Kernel(softmax, "hardmax")
+    with pytest.raises(ValueError, match="takes arguments of .48. bytes, not .8."):
+        ptx.launch(ptx.Kernel(softmax, "softmaxILi0E"), 1, 64, [np.int64(0)], ptx.Memory())
+
+
+# ---------------------------------------------------------------------------------------------- the kernels of csrc/
+
+CSRC = pathlib.Path(__file__).parent.parent / "csrc"
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+C_TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
+MANGLED = {torch.float32: "f", torch.float16: "6__half", torch.bfloat16: "13__nv_bfloat16"}
+EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+ATTENTION = r"""
+#include "attention_backward.cuh"
+namespace minimal::cuda {
+// out: rows and threads of a block, and its shared memory: forward, then backward
+__global__ void facts(int* out) {
+  using F = Forward<TYPE, HEAD>;
+  using B = Backward<TYPE, HEAD>;
+  const int all[6] = {F::ROWS, F::THREADS, F::SHARED, B::ROWS, B::THREADS, B::SHARED};
+  for (int i = 0; i < 6; i++) out[i] = all[i];
+}
+template __global__ void forward_kernel<TYPE, HEAD>(const __grid_constant__ AttentionArgs);
+template __global__ void delta_kernel<TYPE, HEAD>(const __grid_constant__ AttentionArgs);
+template __global__ void backward_kernel<TYPE, HEAD, true>(const __grid_constant__ AttentionArgs);
+template __global__ void backward_kernel<TYPE, HEAD, false>(const __grid_constant__ AttentionArgs);
+}
+"""
+STRIDED = np.dtype([("data", "u8"), ("batch", "i8"), ("head", "i8"), ("token", "i8")])
+ATTENTION_ARGS = np.dtype(
+    [("dtype", "i4"), *((x, "i8") for x in ("B", "H", "Hkv", "Tq", "Tk", "D"))]
+    + [*((x, STRIDED) for x in ("q", "k", "v", "out")), ("lse", "u8"), ("scale", "f4"), ("causal", "?")]
+    + [("window", "i8"), ("documents", "u8"), ("n_documents", "i8")]
+    + [*((x, STRIDED) for x in ("dout", "dq", "dk", "dv")), ("scratch", "u8")],
+    align=True,
+)
+
+
+def put(memory, x, writable=False):
+    """The address of a tensor; all of its storage is copied, so that its strides hold."""
+    flat = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    at = memory.add((flat.view(torch.int16) if x.dtype == torch.bfloat16 else flat).numpy(), writable)
+    return at + x.storage_offset() * x.element_size()
+
+
+def taken(memory, at, like):
+    x = torch.from_numpy(memory.array(at).copy())
+    return (x.view(torch.bfloat16) if like.dtype == torch.bfloat16 else x).view(like.shape)
+
+
+@pytest.fixture(scope="module")
+def attention_ptx(folder):
+    made = {}
+
+    def get(dtype, D):
+        if (dtype, D) not in made:
+            source = ATTENTION.replace("TYPE", C_TYPES[dtype]).replace("HEAD", str(D))
+            made[dtype, D] = compiled(folder, f"attention{len(made)}", source, f"-I{CSRC}")
+        return made[dtype, D]
+
+    return get
+
+
+def run_attention(text, q, k, v, grad, scale, causal, window, documents):
+    """out, lse, dq, dk and dv of the kernels, as attention_forward() and attention_backward() launch them."""
+    (B, H, Tq, D), (Hkv, Tk), dtype = q.shape, k.shape[1:3], q.dtype
+    memory, results = ptx.Memory(), {}
+    a = np.zeros((), ATTENTION_ARGS)
+    a["dtype"] = list(DTYPES.values()).index(dtype)
+    for name, x in (("B", B), ("H", H), ("Hkv", Hkv), ("Tq", Tq), ("Tk", Tk), ("D", D)):
+        a[name] = x
+    for name, x in (("q", q), ("k", k), ("v", v), ("dout", grad)):
+        a[name] = (put(memory, x), *x.stride()[:3])
+    for name, like in (("out", q), ("dq", q), ("dk", k), ("dv", k)):
+        x = torch.full(like.shape, math.nan, dtype=dtype)
+        results[name] = x, put(memory, x, True)
+        a[name] = (results[name][1], *x.stride()[:3])
+    lse = torch.full((B, H, Tq), math.nan)
+    results["lse"] = lse, put(memory, lse, True)
+    a["lse"], a["scratch"] = results["lse"][1], put(memory, torch.full((B, H, Tq, 2), math.nan), True)
+    a["scale"], a["causal"], a["window"] = scale, causal, window
+    if documents is not None:
+        a["documents"], a["n_documents"] = put(memory, torch.tensor(documents, dtype=torch.int32)), len(documents) - 1
+
+    facts = memory.add(np.zeros(6, np.int32), writable=True)
+    ptx.launch(ptx.Kernel(text, "facts"), 1, 32, [np.uint64(facts)], memory)
+    rows, threads, shared, rows_back, threads_back, shared_back = memory.array(facts).tolist()
+    name = f"I{MANGLED[dtype]}Li{D}E"
+
+    def launch(kernel, tokens, rows, heads, threads, shared):
+        ptx.launch(ptx.Kernel(text, kernel), -(-tokens // rows) * heads, threads, [a], memory, shared)
+
+    launch(f"forward_kernel{name}E", Tq, rows, B * H, threads, shared)
+    launch(f"delta_kernel{name}E", B * H * Tq, 32, 1, 256, 0)
+    launch(f"backward_kernel{name}Lb1E", Tk, rows_back, B * Hkv, threads_back, shared_back)
+    launch(f"backward_kernel{name}Lb0E", Tq, rows_back, B * H, threads_back, shared_back)
+    return {name: taken(memory, at, x) for name, (x, at) in results.items()}
+
+
+def visible(B, Tq, Tk, causal, window, documents):
+    """(B, 1, Tq, Tk) as the contract of the operator says, key by key."""
+    i, j = torch.arange(Tq)[:, None] + Tk - Tq, torch.arange(Tk)
+    seen = torch.ones(B, 1, Tq, Tk, dtype=torch.bool)
+    if causal:
+        seen &= j <= i
+    if window:
+        seen &= (i - j).abs() < window
+    if documents is not None:
+        of = torch.bucketize(torch.arange(B * Tq), torch.tensor(documents), right=True).view(B, 1, Tq)
+        seen &= of[..., :, None] == of[..., None, :]
+    return seen
+
+
+def by_torch(f, q, k, v, grad, dtype):
+    """out, dq, dk, dv by autograd through f(q, k, v), the keys and values repeated for their group."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
+    n = q.shape[1] // k.shape[1]
+    out = f(q, k.repeat_interleave(n, 1), v.repeat_interleave(n, 1))
+    return dict(zip(("out", "dq", "dk", "dv"), (out, *torch.autograd.grad(out, (q, k, v), grad.to(dtype))), strict=True))
+
+
+CASES = {
+    "plain": dict(Tq=40, Tk=40),
+    "causal, ragged, grouped": dict(H=4, Hkv=2, Tq=70, Tk=133, causal=True),
+    "more queries than keys": dict(Tq=50, Tk=20, causal=True),
+    "window": dict(Tq=150, Tk=150, causal=True, window=20),
+    "window of both sides": dict(Tq=90, Tk=60, window=17),
+    "documents": dict(B=2, Tq=75, Tk=75, causal=True, documents=[0, 5, 30, 75, 81, 140, 150]),
+    "one token, strided": dict(B=2, H=6, Hkv=2, Tq=1, Tk=65, strided=True),
+}
+
+
+def attention_case(dtype, B=1, H=2, Hkv=1, Tq=1, Tk=1, D=32, causal=False, window=0, documents=None, strided=False):
+    gen = torch.Generator().manual_seed(0)
+
+    def randn(heads, tokens):
+        if strided:  # (B, T, H, D), within something wider
+            return torch.randn(B, tokens, heads, D + 8, generator=gen).to(dtype)[..., :D].transpose(1, 2)
+        return torch.randn(B, heads, tokens, D, generator=gen).to(dtype)
+
+    q, k, v, grad = randn(H, Tq), randn(Hkv, Tk), randn(Hkv, Tk), randn(H, Tq)
+    return (q, k, v, grad, D**-0.5, causal, window, documents), visible(B, Tq, Tk, causal, window, documents)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_attention(attention_ptx, dtype, case):
+    dtype = DTYPES[dtype]
+    (q, k, v, grad, scale, *how), seen = attention_case(dtype, **CASES[case])
+    got = run_attention(attention_ptx(dtype, q.shape[3]), q, k, v, grad, scale, *how)
+    nothing = ~seen.any(-1, keepdim=True)
+
+    def exact(q, k, v):
+        s = (scale * q @ k.mT).masked_fill(~seen, -math.inf).masked_fill(nothing, 0)
+        return (torch.softmax(s, -1) @ v).masked_fill(nothing, 0)
+
+    def theirs(q, k, v):
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~(seen | nothing), -math.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).masked_fill(nothing, 0)
+
+    wanted, torchs = by_torch(exact, q, k, v, grad, torch.float64), by_torch(theirs, q, k, v, grad, dtype)
+    for name, w in wanted.items():
+        error, their_error = ((x[name] - w).abs().max().item() for x in (got, torchs))
+        assert error <= 2 * their_error + EPS[dtype] * w.abs().max().item(), (name, error, their_error)
+    n = q.shape[1] // k.shape[1]
+    s = (scale * q.double() @ k.double().repeat_interleave(n, 1).mT).masked_fill(~seen, -math.inf)
+    assert torch.allclose(got["lse"].double(), torch.logsumexp(s, -1), rtol=0, atol=1e-5)
