@@ -4,6 +4,7 @@
 Oracles: numpy and torch in float64, Python's integers. Nothing here needs a GPU; without nvcc all is skipped.
 """
 
+import functools
 import math
 import pathlib
 import shutil
@@ -20,6 +21,9 @@ import ptx  # noqa: E402
 
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc on the PATH, which makes the PTX", allow_module_level=True)
+
+
+kernel = functools.lru_cache(ptx.Kernel)
 
 
 def compiled(folder, name, source, *flags, arch="compute_80"):
@@ -68,7 +72,7 @@ template <int fault> __global__ void __launch_bounds__(64) softmax(Arguments a) 
   if (fault == 6) a.y[threadIdx.x] = __float2bfloat16(0.f);  // 6: every block writes the first row
   if (fault == 7) *(double*)(a.y + 1) = 0.;  // 7: misaligned
   if (fault == 8) const_cast<float*>(a.x)[threadIdx.x] = 0.f;  // 8: writes its input
-  if (fault == 9) while (a.columns) __threadfence();  // 9: no end
+  if (fault == 9) for (;;) __syncthreads();  // 9: no end
 }
 #define INSTANCE(n) template __global__ void softmax<n>(Arguments);
 INSTANCE(0) INSTANCE(1) INSTANCE(2) INSTANCE(3) INSTANCE(4) INSTANCE(5) INSTANCE(6) INSTANCE(7) INSTANCE(8) INSTANCE(9)
@@ -135,6 +139,12 @@ __device__ unsigned permute(unsigned a, unsigned b, unsigned selector) {  // __b
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(to) : "r"(a), "r"(b), "r"(selector));
   return to;
 }
+template <typename T> __device__ T field(T x, unsigned position, unsigned length) {
+  T to;
+  if constexpr (T(-1) < 0) asm("bfe.s32 %0, %1, %2, %3;" : "=r"(to) : "r"(x), "r"(position), "r"(length));
+  else asm("bfe.u32 %0, %1, %2, %3;" : "=r"(to) : "r"(x), "r"(position), "r"(length));
+  return to;
+}
 extern "C" __global__ void integers(const int* a_, const int* b_, long long* out) {
   const int n = gridDim.x * blockDim.x, i = blockIdx.x * blockDim.x + threadIdx.x, a = a_[i], b = b_[i];
   const unsigned ua = a, ub = b;
@@ -145,11 +155,10 @@ extern "C" __global__ void integers(const int* a_, const int* b_, long long* out
   put(a >> (b & 31)); put(ua >> (ub & 31)); put(a << (b & 31)); put(la >> (b & 63)); put(la / lb); put(la % lb);
   put(a / 7); put(ua / 10); put((ua >> 5) & 63); put((short)a); put((signed char)b); put((unsigned char)a);
   put(min(a, b)); put(max(ua, ub)); put(abs(a)); put(a < b); put(ua < ub); put((a & b) | (a ^ ~b)); put(-a);
-  put(__funnelshift_l(ua, ub, b)); put(__funnelshift_r(ua, ub, b)); put(__byte_perm(a, b, 0x5342)); put(permute(a, b, b));
+  put(__byte_perm(a, b, 0x5342)); put(permute(a, b, b)); put(field<int>(a, b, b >> 8)); put(field<unsigned>(a, b, b >> 8));
   int local[8];
   for (int k = 0; k < 8; k++) local[(k + a) & 7] = k * a;
   put(local[b & 7]);
-  put(__ballot_sync(0xffffffffu, a < b)); put(__any_sync(0xffffffffu, b == 1)); put(__all_sync(0xffffffffu, b > -1000));
   put(__shfl_up_sync(0xffffffffu, a, 3)); put(__shfl_down_sync(0xffffffffu, a, 5)); put(__shfl_sync(0xffffffffu, a, b & 31));
   put(__shfl_xor_sync(0xffffffffu, a, 6, 8)); put(__shfl_down_sync(0xffffffffu, a, 2, 8));
 }
@@ -202,10 +211,10 @@ def test_integers_against_those_of_python(folder):
     b[:64] %= 50
     b[b == 0] = 1
     a[-1], b[-1] = -(2**31), 3
-    kernel = ptx.Kernel(compiled(folder, "arithmetic", ARITHMETIC), "integers")
+    text = compiled(folder, "arithmetic", ARITHMETIC)
     memory = ptx.Memory()
     out = memory.add(np.full((64, n), 99, np.int64), writable=True)
-    ptx.launch(kernel, 2, n // 2, [np.uint64(memory.add(a)), np.uint64(memory.add(b)), np.uint64(out)], memory)
+    ptx.launch(kernel(text, "integers"), 2, n // 2, [np.uint64(memory.add(a)), np.uint64(memory.add(b)), np.uint64(out)], memory)
     got = memory.array(out)
 
     def c_div(x, y):
@@ -222,17 +231,17 @@ def test_integers_against_those_of_python(folder):
     for i, (x, y) in enumerate(zip(a.tolist(), b.tolist(), strict=True)):
         ux, uy, lx = x % 2**32, y % 2**32, wrapped(x * 0x100000001, 64)
         first, lane = i // 32 * 32, i % 32
-        warp_a, warp_b = a[first : first + 32].tolist(), b[first : first + 32].tolist()
+        warp_a = a[first : first + 32].tolist()
         local = {(k + x) & 7: k * x for k in range(8)}
         wanted = [c_div(x, y), x - y * c_div(x, y), ux // uy, ux % uy, x * y, x * y >> 32, ux * uy >> 32]
         wanted += [x >> (y & 31), ux >> (y & 31), wrapped(x << (y & 31), 32), lx >> (y & 63), c_div(lx, y)]
         wanted += [lx - y * c_div(lx, y), c_div(x, 7), ux // 10, ux >> 5 & 63, wrapped(x, 16), wrapped(y, 8), x & 255]
         wanted += [min(x, y), max(ux, uy), wrapped(abs(x), 32), x < y, ux < uy, (x & y) | (x ^ ~y), wrapped(-x, 32)]
-        both = uy << 32 | ux
-        wanted += [(both << (y & 31)) >> 32 & (2**32 - 1), both >> (y & 31) & (2**32 - 1)]
-        wanted += [byte_perm(ux, uy, 0x5342), byte_perm(ux, uy, uy), wrapped(local[y & 7], 32)]
-        wanted += [sum((p < q) << k for k, (p, q) in enumerate(zip(warp_a, warp_b, strict=True)))]
-        wanted += [any(q == 1 for q in warp_b), all(q > -1000 for q in warp_b)]
+        position, length = y & 255, y >> 8 & 255
+        unsigned = (ux >> position) % (1 << length)
+        signed = (x >> position) % (1 << length)
+        signed -= (1 << length) * (length > 0 and signed >> (length - 1))
+        wanted += [byte_perm(ux, uy, 0x5342), byte_perm(ux, uy, uy), signed, unsigned, wrapped(local[y & 7], 32)]
         wanted += [warp_a[lane - 3 if lane >= 3 else lane], warp_a[lane + 5 if lane + 5 < 32 else lane], warp_a[y & 31]]
         wanted += [warp_a[lane ^ 6], warp_a[lane + 2 if lane % 8 + 2 < 8 else lane]]
         assert [wrapped(int(w), 64) for w in wanted] == got[: len(wanted), i].tolist(), (i, x, y)
@@ -244,10 +253,10 @@ def test_floats_against_numpy_and_torch(folder):
     x, y = (rng.standard_normal((2, n)) * 10 ** rng.uniform(-2, 1, (2, n))).astype(np.float32)
     x[:8] = 0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, 1e-41, 65519.0
     y[:8] = 1.0, 0.0, 1.0, np.nan, 2.0, np.nan, -1e-41, 2.5
-    kernel = ptx.Kernel((folder / "arithmetic.ptx").read_text(), "floats")
+    text = compiled(folder, "arithmetic", ARITHMETIC)
     memory = ptx.Memory()
     out = memory.add(np.full((32, n), 99, np.float32), writable=True)
-    ptx.launch(kernel, 1, n, [np.uint64(memory.add(x)), np.uint64(memory.add(y)), np.uint64(out)], memory)
+    ptx.launch(kernel(text, "floats"), 1, n, [np.uint64(memory.add(x)), np.uint64(memory.add(y)), np.uint64(out)], memory)
     X, Y = x.astype(np.float64), y.astype(np.float64)
 
     def through(values, dtype):
@@ -277,16 +286,17 @@ def run_softmax(text, fault=0, rows=3, columns=100):
     at = memory.add(x.reshape(-1)[: (rows - 1) * (columns + 3) + columns])
     y = memory.add(np.full((rows, columns), 0, np.uint16), writable=True)
     a = np.array((at, y, (columns + 3, columns), rows, columns, 0.7), ARGUMENTS)
-    steps = ptx.launch(ptx.Kernel(text, f"softmaxILi{fault}E"), rows, 64, [a], memory, limit=20_000)
+    ptx.launch(kernel(text, f"softmaxILi{fault}E"), rows, 64, [a], memory, limit=20_000)
     got = torch.from_numpy(memory.array(y).view(np.int16)).view(torch.bfloat16).double()
     wanted = torch.softmax(0.7 * torch.from_numpy(x[:, :columns]).double(), -1)
-    return got, wanted, steps
+    return got, wanted
 
 
 @pytest.mark.parametrize("arch", ["compute_80", "compute_90"])
 def test_softmax(folder, arch):
+    text = compiled(folder, f"softmax_{arch}", SOFTMAX, arch=arch)
     for rows, columns in [(3, 100), (1, 1), (2, 64), (5, 200)]:
-        got, wanted, _ = run_softmax(compiled(folder, f"softmax_{arch}", SOFTMAX, arch=arch), 0, rows, columns)
+        got, wanted = run_softmax(text, 0, rows, columns)
         assert ((got - wanted).abs() <= 2.0**-8 * wanted).all()
 
 
@@ -294,12 +304,12 @@ def test_softmax(folder, arch):
     "fault, message",
     [
         (2, "nobody can go on: .*bar"),
-        (3, "reads what another wrote.*race"),
+        (3, "race: .*reads what another wrote, shared"),
         (4, "nobody can go on: .*shfl"),
         (5, "4 bytes at global .*outside"),
-        (6, "writes where another wrote at global.*race"),
+        (6, "race: .*writes where another wrote, global"),
         (7, "8 bytes at global .*misaligned"),
-        (8, "writes 4 bytes at global .*not allowed"),
+        (8, "writes 4 bytes at global .*for reading only"),
         (9, "no end"),
     ],
 )
@@ -321,7 +331,7 @@ def run_product(text, dtype, fault=0, M=32, K=48, N=32):
     c = memory.add(np.full((M, N), np.nan, np.float32), writable=True)
     name = f"product{'I6__half' if dtype == torch.float16 else 'I13__nv_bfloat16'}Li{fault}E"
     arguments = [np.uint64(a), np.uint64(b), np.uint64(c), np.int32(K), np.int32(N)]
-    ptx.launch(ptx.Kernel(text, name), (N // 16, M // 16), (32, 2), arguments, memory, dynamic_shared=2 * 384 * 2)
+    ptx.launch(kernel(text, name), (N // 16, M // 16), (32, 2), arguments, memory, dynamic_shared=2 * 384 * 2)
     return torch.from_numpy(memory.array(c).copy()).double(), A.double(), B.double()
 
 
@@ -335,7 +345,7 @@ def test_matrix_product_with_copies_ldmatrix_and_mma(product, dtype):
 @pytest.mark.parametrize(
     "fault, message",
     [
-        (2, "reads what another wrote at shared.*race"),
+        (2, "race: .*reads what another wrote, shared"),
         (3, "nobody can go on: .*ldmatrix"),
     ],
 )
@@ -353,10 +363,10 @@ def test_shared_memory_is_exactly_as_large_as_asked_for(product):
     a, b = (memory.add(np.zeros((16, 16), np.int16)) for _ in range(2))
     c = memory.add(np.zeros((16, 16), np.float32), writable=True)
     arguments = [np.uint64(a), np.uint64(b), np.uint64(c), np.int32(16), np.int32(16)]
-    kernel = ptx.Kernel(product, "productI6__halfLi0E")
-    ptx.launch(kernel, 1, (32, 2), arguments, memory, dynamic_shared=2 * 384 * 2)
+    whole = kernel(product, "productI6__halfLi0E")
+    ptx.launch(whole, 1, (32, 2), arguments, memory, dynamic_shared=2 * 384 * 2)
     with pytest.raises(ptx.Fault, match="writes 16 bytes at shared .*outside"):
-        ptx.launch(kernel, 1, (32, 2), arguments, memory, dynamic_shared=2 * 384 * 2 - 16)
+        ptx.launch(whole, 1, (32, 2), arguments, memory, dynamic_shared=2 * 384 * 2 - 16)
 
 
 def test_what_is_not_known_is_refused(softmax):
@@ -364,7 +374,7 @@ def test_what_is_not_known_is_refused(softmax):
         ptx.Kernel(softmax.replace("ex2.approx", "sin.approx"), "softmaxILi0E")
     with pytest.raises(NotImplementedError, match="relu"):
         ptx.Kernel(softmax.replace("cvt.rn.bf16", "cvt.rn.relu.bf16"), "softmaxILi0E")
-    with pytest.raises(KeyError, match="no kernel 'hardmax'"):
+    with pytest.raises(KeyError, match="0 kernels with 'hardmax'"):
         ptx.Kernel(softmax, "hardmax")
     with pytest.raises(ValueError, match="takes arguments of .48. bytes, not .8."):
         ptx.launch(ptx.Kernel(softmax, "softmaxILi0E"), 1, 64, [np.int64(0)], ptx.Memory())
@@ -377,6 +387,68 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 C_TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 MANGLED = {torch.float32: "f", torch.float16: "6__half", torch.bfloat16: "13__nv_bfloat16"}
 EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+# The kernels of softmax.cuh: elements a load, threads a row.
+SOFTMAX_KERNELS = r"""
+#include "softmax.cuh"
+namespace minimal::cuda {
+#define INSTANCE(T, V, ROW_THREADS) \
+  template __global__ void softmax_kernel<T, V, ROW_THREADS>(View4<const T>, Mask, Shape4, float, bool, T*); \
+  template __global__ void softmax_backward_kernel<T, V, ROW_THREADS>(View4<const T>, View4<const T>, Shape4, float, T*);
+INSTANCE(float, 4, 32) INSTANCE(float, 1, THREADS) INSTANCE(__half, 1, 32)
+INSTANCE(__nv_bfloat16, 8, THREADS) INSTANCE(__nv_bfloat16, 1, 32)
+}
+"""
+SOFTMAX_CASES = {
+    "f32, 16 bytes at once, boolean mask": (torch.float32, 4, 32, (1, 2, 5, 36), torch.bool, False),
+    "f32, long rows, causal, float32 mask": (torch.float32, 1, 256, (1, 1, 3, 1100), torch.float32, True),
+    "f16, causal, more rows than columns": (torch.float16, 1, 32, (2, 1, 9, 5), None, True),
+    "bf16, long rows, 16 bytes at once": (torch.bfloat16, 8, 256, (1, 1, 2, 1040), None, False),
+    "bf16, ragged, bfloat16 mask": (torch.bfloat16, 1, 32, (2, 2, 3, 37), torch.bfloat16, False),
+}
+
+
+def view4(memory, x):
+    return np.array((put(memory, x), x.stride()), [("data", "u8"), ("stride", "i8", 4)])
+
+
+@pytest.mark.parametrize("case", SOFTMAX_CASES)
+def test_softmax_of_csrc(folder, case):
+    dtype, V, row_threads, shape, mask_dtype, causal = SOFTMAX_CASES[case]
+    text = compiled(folder, "softmax_kernels", SOFTMAX_KERNELS, f"-I{CSRC}")
+    gen, scale, (rows, columns) = torch.Generator().manual_seed(0), 0.7, shape[2:]
+    x, dy = (torch.randn(shape, generator=gen).to(dtype) for _ in range(2))
+    if V == 1:  # anything goes: columns first, and an offset
+        x = torch.cat([x[..., :1], x], -1).mT.contiguous().mT[..., 1:]
+    s, memory = scale * x.double(), ptx.Memory()
+    mask = np.zeros((), np.dtype([("data", "u8"), ("stride", "i8", 4), ("type", "i4")], align=True))
+    if mask_dtype is not None:  # the same for all rows
+        given = torch.randn(columns, generator=gen).to(mask_dtype if mask_dtype != torch.bool else torch.float32)
+        given = given > 0 if mask_dtype == torch.bool else given.masked_fill(given > 1, -math.inf)
+        s = s.masked_fill(~given, -math.inf) if mask_dtype == torch.bool else s + given.double()
+        mask[()] = put(memory, given), (0, 0, 0, 1), 1 if mask_dtype == torch.bool else 2 if dtype != mask_dtype else 3
+        if dtype == mask_dtype == torch.float32:
+            mask["type"] = 2
+    if causal:
+        s = s.masked_fill(torch.arange(columns) > torch.arange(rows)[:, None] + columns - rows, -math.inf)
+    wanted = torch.softmax(s, -1).nan_to_num(0)  # rows that see nothing
+    y, dx = (put(memory, torch.full(shape, math.nan, dtype=dtype), True) for _ in range(2))
+    name, shape4 = f"I{MANGLED[dtype]}Li{V}ELi{row_threads}EE", np.array(shape, np.int64)
+    blocks = -(-math.prod(shape[:3]) // (256 // row_threads))
+    arguments = [view4(memory, x), mask, shape4, np.float32(scale), np.bool_(causal), np.uint64(y)]
+    ptx.launch(kernel(text, f"softmax_kernel{name}"), blocks, 256, arguments, memory)
+    got = taken(memory, y, x)
+    u = EPS[dtype] / 2
+    assert ((got - wanted).abs() <= (u + 3e-6) * wanted + 2.0**-25).all()
+
+    given = view4(memory, got.contiguous())
+    arguments = [view4(memory, dy), given, shape4, np.float32(scale), np.uint64(dx)]
+    ptx.launch(kernel(text, f"softmax_backward_kernel{name}"), blocks, 256, arguments, memory)
+    p, g = got.double(), dy.double()
+    wanted = scale * p * (g - (g * p).sum(-1, keepdim=True))
+    terms = scale * p * (g.abs() + (g.abs() * p).sum(-1, keepdim=True))
+    assert ((taken(memory, dx, x) - wanted).abs() <= u * wanted.abs() + 3e-6 * terms + 2.0**-25).all()
+
 
 ATTENTION = r"""
 #include "attention_backward.cuh"
@@ -418,18 +490,15 @@ def taken(memory, at, like):
 
 @pytest.fixture(scope="module")
 def attention_ptx(folder):
-    made = {}
-
-    def get(dtype, D):
-        if (dtype, D) not in made:
-            source = ATTENTION.replace("TYPE", C_TYPES[dtype]).replace("HEAD", str(D))
-            made[dtype, D] = compiled(folder, f"attention{len(made)}", source, f"-I{CSRC}")
-        return made[dtype, D]
+    @functools.cache
+    def get(dtype, D, arch="compute_80"):
+        source = ATTENTION.replace("TYPE", C_TYPES[dtype]).replace("HEAD", str(D))
+        return compiled(folder, f"attention{dtype}{D}{arch}", source, f"-I{CSRC}", arch=arch)
 
     return get
 
 
-def run_attention(text, q, k, v, grad, scale, causal, window, documents):
+def run_attention(text, q, k, v, grad, scale, causal, window, documents, backward=True):
     """out, lse, dq, dk and dv of the kernels, as attention_forward() and attention_backward() launch them."""
     (B, H, Tq, D), (Hkv, Tk), dtype = q.shape, k.shape[1:3], q.dtype
     memory, results = ptx.Memory(), {}
@@ -451,14 +520,16 @@ def run_attention(text, q, k, v, grad, scale, causal, window, documents):
         a["documents"], a["n_documents"] = put(memory, torch.tensor(documents, dtype=torch.int32)), len(documents) - 1
 
     facts = memory.add(np.zeros(6, np.int32), writable=True)
-    ptx.launch(ptx.Kernel(text, "facts"), 1, 32, [np.uint64(facts)], memory)
+    ptx.launch(kernel(text, "facts"), 1, 32, [np.uint64(facts)], memory)
     rows, threads, shared, rows_back, threads_back, shared_back = memory.array(facts).tolist()
     name = f"I{MANGLED[dtype]}Li{D}E"
 
-    def launch(kernel, tokens, rows, heads, threads, shared):
-        ptx.launch(ptx.Kernel(text, kernel), -(-tokens // rows) * heads, threads, [a], memory, shared)
+    def launch(name, tokens, rows, heads, threads, shared):
+        ptx.launch(kernel(text, name), -(-tokens // rows) * heads, threads, [a], memory, shared)
 
     launch(f"forward_kernel{name}E", Tq, rows, B * H, threads, shared)
+    if not backward:
+        return {"out": taken(memory, results["out"][1], q)}
     launch(f"delta_kernel{name}E", B * H * Tq, 32, 1, 256, 0)
     launch(f"backward_kernel{name}Lb1E", Tk, rows_back, B * Hkv, threads_back, shared_back)
     launch(f"backward_kernel{name}Lb0E", Tq, rows_back, B * H, threads_back, shared_back)
@@ -533,3 +604,46 @@ def test_attention(attention_ptx, dtype, case):
     n = q.shape[1] // k.shape[1]
     s = (scale * q.double() @ k.double().repeat_interleave(n, 1).mT).masked_fill(~seen, -math.inf)
     assert torch.allclose(got["lse"].double(), torch.logsumexp(s, -1), rtol=0, atol=1e-5)
+
+
+# Bugs put into a copy of csrc/attention.cuh. What is to be replaced must be there.
+BUGS = {
+    "keys are read past the ragged end": (
+        "const bool there = from + row < end;",
+        "const bool there = true;",
+        "reads 16 bytes at global .*outside",
+    ),
+    "rows are written past the ragged end": (
+        "min(16 * C::M, block.end - first)",
+        "16 * C::M",
+        "writes 16 bytes at global .*outside|race: .*writes where another wrote, global",
+    ),
+    "no barrier before V is used": ("__syncthreads();  // V is here", "// V is here", "race: .*shared"),
+    "no barrier before K is overwritten": ("__syncthreads();  // K is here", "// K is here", "race: .*shared"),
+    "no barrier within a warp": ("__syncwarp();", "", "race: .*shared"),
+    "copies are not waited for": ('asm volatile("cp.async.wait_all;" ::: "memory");', "", None),
+    "a quarter of the lanes do not come to the shuffle": (
+        "x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 1));",
+        "if (threadIdx.x % 4 == 3) return x;\n  x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 1));",
+        "nobody can go on: .*shfl",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_in_attention_is_found(tmp_path, bug):
+    old, new, message = BUGS[bug]
+    text = (CSRC / "attention.cuh").read_text()
+    assert old in text
+    shutil.copy(CSRC / "device.cuh", tmp_path)
+    (tmp_path / "attention.cuh").write_text(text.replace(old, new))
+    source = ATTENTION.replace("TYPE", "__half").replace("HEAD", "32").replace("_backward.cuh", ".cuh")
+    source = "\n".join(line for line in source.splitlines() if "ackward" not in line and "delta" not in line)
+    source = source.replace("B::ROWS, B::THREADS, B::SHARED", "0, 0, 0")
+    (q, k, v, grad, scale, *how), _ = attention_case(torch.float16, Tq=70, Tk=133, causal=True)
+    text = compiled(tmp_path, "attention_with_a_bug", source, f"-I{tmp_path}")
+    if message is None:
+        assert run_attention(text, q, k, v, grad, scale, *how, backward=False)["out"].isnan().any()
+    else:
+        with pytest.raises(ptx.Fault, match=message):
+            run_attention(text, q, k, v, grad, scale, *how, backward=False)
