@@ -61,10 +61,10 @@ class Kernel:
         self.max_threads = int(np.prod([int(x) for x in limit[1].split(",")])) if limit else 1024
         self.registers: dict[str, np.dtype] = {}
         self.symbols: dict[str, int] = {}  # addresses, each in its own space
-        variable = r"\.({})\b([^;,\[]*?)([\w$]+)(\[\d*\])?\s*[;,]"
-        self.parameters = self.place(re.findall(variable.format("param"), parameters.strip() + ","))
-        declared = re.findall(variable.format("shared|local"), ptx)
-        declared = [d for d in declared if re.search(rf"(?<![\w$]){re.escape(d[2])}(?![\w$])", body)]
+        variable = r"^\s*(?:\.extern\s+)?\.(param|shared|local)\s([^;,\[\n]*?)([\w$]+)(\[\d*\])?\s*[;,]"
+        self.parameters = self.place(re.findall(variable, parameters.strip() + ",", re.M))
+        declared, words = re.findall(variable, ptx, re.M), set(re.findall(r"[\w$]+", body))
+        declared = [d for d in declared if d[2] in words]
         self.shared = self.place([d for d in declared if d[0] == "shared"])
         self.local = self.place([d for d in declared if d[0] == "local"])
         self.code = self.read(body)
