@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "cuda"))
@@ -53,11 +53,12 @@ __device__ float block_sum(float value, float* partial, bool maximum, int fault)
     value = maximum ? fmaxf(value, other) : value + other;
   }
   if (fault != 1 || threadIdx.x / 32 == 0)  // 1: the second warp's part is never written
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+    if (threadIdx.x % 32 == 0 || fault == 11) partial[threadIdx.x / 32] = value;  // 11: by all threads of a warp
   if (fault == 2 && threadIdx.x < 32) __syncthreads();  // 2: the first warp waits once more than the second
-  if (fault != 3) __syncthreads();
+  if (fault == 10) __syncwarp();  // 10: enough for the own warp's part only
+  else if (fault != 3) __syncthreads();
   value = maximum ? fmaxf(partial[0], partial[1]) : partial[0] + partial[1];
-  __syncthreads();
+  if (fault != 13) __syncthreads();  // 13: the next call writes what is still being read
   return value;
 }
 
@@ -67,7 +68,7 @@ template <int fault> __global__ void __launch_bounds__(64) softmax(Arguments a) 
   __nv_bfloat16* y = a.y + blockIdx.x * a.y_stride;
   float m = -INFINITY, l = 0.f;
   for (int j = threadIdx.x; j < a.columns; j += 64) m = fmaxf(m, a.scale * x[j]);
-  m = block_sum(m, partial, true, fault == 1);
+  m = block_sum(m, partial, true, fault == 1 || fault == 13 ? fault : 0);
   for (int j = threadIdx.x; j < a.columns; j += 64) l += __expf(a.scale * x[j] - m);
   l = block_sum(l, partial, false, fault);
   const int end = fault == 5 ? (a.columns + 63) / 64 * 64 : a.columns;  // 5: the ragged end of a row is overrun
@@ -76,9 +77,14 @@ template <int fault> __global__ void __launch_bounds__(64) softmax(Arguments a) 
   if (fault == 7) *(long long*)(a.y + 1) = 0;  // 7: misaligned
   if (fault == 8) const_cast<float*>(a.x)[threadIdx.x] = 0.f;  // 8: writes its input
   if (fault == 9) for (;;) __syncthreads();  // 9: no end
+  if (fault == 12) {  // 12: the first half of it is inside
+    const float4 v = reinterpret_cast<const float4*>(a.x)[76];
+    y[0] = __float2bfloat16(v.x + v.y + v.z + v.w);
+  }
 }
 #define INSTANCE(n) template __global__ void softmax<n>(Arguments);
 INSTANCE(0) INSTANCE(1) INSTANCE(2) INSTANCE(3) INSTANCE(4) INSTANCE(5) INSTANCE(6) INSTANCE(7) INSTANCE(8) INSTANCE(9)
+INSTANCE(10) INSTANCE(11) INSTANCE(12) INSTANCE(13)
 """
 ARGUMENTS = np.dtype(
     [("x", "u8"), ("y", "u8"), ("strides", "i8", 2), ("rows", "i4"), ("columns", "i4"), ("scale", "f4")], align=True
@@ -114,7 +120,8 @@ __global__ void product(const T* __restrict__ A, const T* __restrict__ B, float*
     copy(a + 16 * r + s, A + (row + r) * (int64_t)K + k + s, k + s < K);
     if (lane < 16) copy(b + 8 * lane, B + (k + lane) * (int64_t)N + column, k + lane < K);
     asm volatile("cp.async.commit_group;");
-    if (fault != 1) asm volatile("cp.async.wait_group 0;");
+    if (fault == 4) asm volatile("cp.async.wait_group 1;");  // 4: the last group may still be on its way
+    else if (fault != 1) asm volatile("cp.async.wait_group 0;");
     if (fault != 2) __syncwarp();
     if (fault == 3 && lane == 7) return;
     uint32_t fa[4], fb[2];
@@ -130,8 +137,26 @@ __global__ void product(const T* __restrict__ A, const T* __restrict__ B, float*
   *reinterpret_cast<float2*>(out) = make_float2(c[0], c[1]);
   *reinterpret_cast<float2*>(out + 8 * (int64_t)N) = make_float2(c[2], c[3]);
 }
+// A tile is filled again after the second warp has read it; the copy may write at once, long before it is waited for.
+template <bool barrier> __global__ void refill(const float4* from, float* out) {
+  __shared__ float4 tile[32];
+  const int i = threadIdx.x % 32;
+  if (threadIdx.x < 32) tile[i] = from[i];
+  __syncthreads();
+  if (threadIdx.x >= 32) out[i] = tile[i].x;
+  if (barrier) __syncthreads();
+  if (threadIdx.x < 32)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" :: "r"(shared(tile + i)), "l"(from + 32 + i));
+  __syncthreads();
+  asm volatile("cp.async.wait_all;");
+  __syncthreads();
+  if (threadIdx.x >= 32) out[32 + i] = tile[i].x;
+}
+template __global__ void refill<false>(const float4*, float*);
+template __global__ void refill<true>(const float4*, float*);
 #define INSTANCE(T, n) template __global__ void product<T, n>(const T*, const T*, float*, int, int);
 INSTANCE(__half, 0) INSTANCE(__nv_bfloat16, 0) INSTANCE(__half, 1) INSTANCE(__half, 2) INSTANCE(__half, 3)
+INSTANCE(__half, 4)
 """
 
 # One result after another, each beside what it should be.
@@ -149,6 +174,17 @@ template <typename T> __device__ T field(T x, unsigned position, unsigned length
   else asm("bfe.u32 %0, %1, %2, %3;" : "=r"(to) : "r"(x), "r"(position), "r"(length));
   return to;
 }
+__device__ unsigned shifted(unsigned x, unsigned n) {  // by 32 and more, which C++ does not define
+  unsigned left, right;
+  asm("shl.b32 %0, %1, %2;" : "=r"(left) : "r"(x), "r"(n));
+  asm("shr.u32 %0, %1, %2;" : "=r"(right) : "r"(x), "r"(n));
+  return left ^ right;
+}
+extern "C" __global__ void early(int* out) {  // who has ended is not waited for
+  if (threadIdx.x >= 32) return;
+  __syncthreads();
+  out[threadIdx.x] = 1;
+}
 extern "C" __global__ void integers(const int* a_, const int* b_, long long* out) {
   const int n = gridDim.x * blockDim.x, i = blockIdx.x * blockDim.x + threadIdx.x, a = a_[i], b = b_[i];
   const unsigned ua = a, ub = b;
@@ -160,7 +196,7 @@ extern "C" __global__ void integers(const int* a_, const int* b_, long long* out
   put(a / 7); put(ua / 10); put((ua >> 5) & 63); put((short)a); put((signed char)b); put((unsigned char)a);
   put(min(a, b)); put(max(ua, ub)); put(abs(a)); put(a < b); put(ua < ub); put((a & b) | (a ^ ~b)); put(-a);
   put(__byte_perm(a, b, 0x5342)); put(permute(a, b, b)); put(field<int>(a, b, b >> 8));
-  put(field<unsigned>(a, b, b >> 8));
+  put(field<unsigned>(a, b, b >> 8)); put(shifted(a, ub & 63));
   int local[8];
   for (int k = 0; k < 8; k++) local[(k + a) & 7] = k * a;
   put(local[b & 7]);
@@ -248,10 +284,18 @@ def test_integers_against_those_of_python(folder):
         unsigned = (ux >> position) % (1 << length)
         signed = (x >> position) % (1 << length)
         signed -= (1 << length) * (length > 0 and signed >> (length - 1))
-        wanted += [byte_perm(ux, uy, 0x5342), byte_perm(ux, uy, uy), signed, unsigned, wrapped(local[y & 7], 32)]
+        wanted += [byte_perm(ux, uy, 0x5342), byte_perm(ux, uy, uy), signed, unsigned]
+        wanted += [(ux << (y & 63)) % 2**32 ^ ux >> (y & 63), wrapped(local[y & 7], 32)]
         wanted += [warp_a[lane - 3 if lane >= 3 else lane], warp_a[lane + 5 if lane + 5 < 32 else lane], warp_a[y & 31]]
         wanted += [warp_a[lane ^ 6], warp_a[lane + 2 if lane % 8 + 2 < 8 else lane]]
         assert [wrapped(int(w), 64) for w in wanted] == got[: len(wanted), i].tolist(), (i, x, y)
+
+
+def test_a_barrier_does_not_wait_for_those_who_have_ended(folder):
+    memory = ptx.Memory()
+    out = memory.add(np.zeros(64, np.int32), writable=True)
+    ptx.launch(kernel(compiled(folder, "arithmetic", ARITHMETIC), "early"), 1, 64, [np.uint64(out)], memory)
+    assert memory.array(out).tolist() == [1] * 32 + [0] * 32
 
 
 def test_floats_against_numpy_and_torch(folder):
@@ -325,6 +369,10 @@ def test_softmax(folder, arch):
         (7, "8 bytes at global .*misaligned"),
         (8, "writes 4 bytes at global .*for reading only"),
         (9, "no end"),
+        (10, "race: .*reads what another wrote, shared"),
+        (11, "race: .*writes where another wrote, shared"),
+        (12, "reads 16 bytes at global .*outside"),
+        (13, "race: .*writes where another read, shared"),
     ],
 )
 def test_a_fault_is_raised(softmax, fault, message):
@@ -368,8 +416,19 @@ def test_a_fault_of_the_product_is_raised(product, fault, message):
         run_product(product, torch.float16, fault)
 
 
-def test_a_copy_that_is_not_waited_for_is_not_there(product):
-    assert run_product(product, torch.float16, 1)[0].isnan().all()
+@pytest.mark.parametrize("fault", [1, 4])
+def test_a_copy_that_is_not_waited_for_is_not_there(product, fault):
+    assert run_product(product, torch.float16, fault)[0].isnan().all()
+
+
+def test_a_copy_may_write_as_soon_as_it_is_issued(product):
+    memory, x = ptx.Memory(), np.arange(256, dtype=np.float32)
+    out = memory.add(np.zeros(64, np.float32), writable=True)
+    arguments = [np.uint64(memory.add(x)), np.uint64(out)]
+    ptx.launch(kernel(product, "refillILb1E"), 1, 64, arguments, memory)
+    assert (memory.array(out) == x[::4]).all()
+    with pytest.raises(ptx.Fault, match="cp.async.*race: .*writes where another read, shared"):
+        ptx.launch(kernel(product, "refillILb0E"), 1, 64, arguments, memory)
 
 
 def test_shared_memory_is_exactly_as_large_as_asked_for(product):
@@ -392,6 +451,50 @@ def test_what_is_not_known_is_refused(softmax):
         ptx.Kernel(softmax, "hardmax")
     with pytest.raises(ValueError, match="takes arguments of .48. bytes, not .8."):
         ptx.launch(ptx.Kernel(softmax, "softmaxILi0E"), 1, 64, [np.int64(0)], ptx.Memory())
+
+
+PLACES = st.dictionaries(st.sampled_from([0, 1, 32]), st.integers(0, 3), min_size=1)  # of threads
+ACCESS = st.tuples(st.sampled_from(["load", "store"]), st.sampled_from([2, 4]), PLACES)
+BARRIER = st.sampled_from(["block", "warp 0", "warp 1"])
+
+
+@settings(max_examples=10 * settings.default.max_examples)
+@example([("load", 2, {0: 0}), ("load", 2, {32: 0}), ("store", 2, {32: 0})])  # rarely drawn: the last reader writes
+@given(st.lists(st.one_of(ACCESS, ACCESS, ACCESS, BARRIER), max_size=6))
+def test_races_against_the_list_of_all_accesses(history):
+    """Two warps at 8 bytes of shared memory. Kept for each: thread, place, whether it wrote, whether its warp met."""
+    allowed = np.zeros(ptx.GAP + 8 + ptx.GAP, np.uint8)
+    allowed[ptx.GAP :][:8] = 2
+    threads = np.arange(64)
+    memory = ptx.Tracked("shared", allowed, np.zeros(64, int), threads, threads // 32)
+    past = []
+    for step in history:
+        if step == "block":
+            memory.synchronise(np.array([0]))
+            past = []
+        elif isinstance(step, str):
+            warp = int(step[-1])
+            memory.synchronise(np.array([0]), np.array([warp]))
+            past = [(t, place, wrote, met or t // 32 == warp) for t, place, wrote, met in past]
+        else:
+            kind, size, where = step
+            who, address = np.array(sorted(where)), np.array([where[t] * 2 // size * size for t in sorted(where)])
+            now = [(t, a + i, kind == "store") for t, a in zip(who, address, strict=True) for i in range(0, size, 2)]
+            race = any(
+                t != u and a == b and (wrote or w) and (t // 32 != u // 32 or (w and not met))
+                for t, a, wrote in now
+                for u, b, w, met in past + [(*x, False) for x in now if kind == "store"]
+            )
+            try:
+                if kind == "load":
+                    memory.load(who, address + ptx.GAP, size)
+                else:
+                    memory.store(who, address + ptx.GAP, np.zeros(who.size, f"V{size}"))
+            except ptx.Fault:
+                assert race
+                return
+            assert not race
+            past += [(*x, False) for x in now]
 
 
 # ---------------------------------------------------------------------------------------------- the kernels of csrc/

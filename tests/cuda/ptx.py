@@ -81,28 +81,23 @@ class Kernel:
         return placed
 
     def read(self, body: str) -> list[Instruction]:
-        lines, labels, scopes = [], {}, [{}]  # inline assembly has names of its own, within braces
-        for brace, label, line in re.findall(r"\s*(?:([{}])|([\w$]+):(?=\s)|((?:[^;{}]|\{[^{};]*\})+);)", body):
-            if brace:
-                scopes = [*scopes, {}] if brace == "{" else scopes[:-1]
-            elif label:
+        lines, labels = [], {}
+        for label, line in re.findall(r"\s*(?:[{}]|([\w$]+):(?=\s)|((?:[^;{}]|\{[^{};]*\})+);)", body):
+            if label:
                 labels[label] = len(lines)
             elif register := re.match(r"\.reg\s+\.(\w+)\s+(.*)", line, re.S):
-                size = TYPES[register[1]].itemsize
+                dtype = np.dtype(bool if register[1] == "pred" else UNSIGNED[TYPES[register[1]].itemsize])
                 for name, count in re.findall(r"([%\w$]+)(?:<(\d+)>)?", register[2]):
                     for new in [f"{name}{i}" for i in range(int(count))] if count else [name]:
-                        unique = scopes[-1][new] = new if len(scopes) == 1 else f"{new}@{len(lines)}"
-                        self.registers[unique] = np.dtype(bool if register[1] == "pred" else UNSIGNED[size])
-            elif line[0] != ".":
-                names = {k: v for scope in scopes for k, v in scope.items()} if len(scopes) > 1 else scopes[0]
+                        # Inline assembly declares its own within braces: nobody needs it afterwards.
+                        if self.registers.setdefault(new, dtype) != dtype:
+                            raise NotImplementedError(f"{self.name}: {new} is declared twice, differently")
+            elif line and line[0] != ".":
                 guard, opcode, operands = re.match(r"(?:@(\S+)\s+)?(\S+)\s*(.*)", line, re.S).groups(default="")
-                guard, operands = (
-                    re.sub(r"%?[\w$]+", lambda t, names=names: names.get(t[0], t[0]), x) for x in (guard, operands)
-                )
                 operands = [x.strip() for x in re.split(r",(?![^{]*\})", operands)] if operands else []
                 instruction = Instruction(" ".join(line.split()), None, guard.strip("!"), "!" in guard)
                 lines.append((instruction, opcode, operands))
-            elif not re.match(r"\.(shared|local|pragma)\b", line):
+            elif line and not re.match(r"\.(shared|local|pragma)\b", line):
                 raise NotImplementedError(f"{self.name}: {line}")
         for instruction, opcode, operands in lines:
             self.decode(instruction, labels, opcode, operands)
