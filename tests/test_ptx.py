@@ -26,7 +26,7 @@ import ptx  # noqa: E402
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc on the PATH, which makes the PTX", allow_module_level=True)
 
-kernel = functools.lru_cache(ptx.Kernel)
+kernel = functools.lru_cache(20)(ptx.Kernel)
 
 
 @functools.cache
@@ -699,8 +699,8 @@ def check_attention(text, case):
 
     got = run_attention(text, *case)
     wanted, torchs = by_torch(exact, q, k, v, grad, torch.float64), by_torch(theirs, q, k, v, grad, dtype)
-    # A few units in the last place more, as PyTorch's error in a few numbers can be zero by luck; in float32 of what the
-    # sums add up, before cancellation; and of rowsum(dO O), for which the backward pass reads O rounded to the dtype.
+    # A few units in the last place more, as PyTorch's error in a few numbers can be zero by luck: in float32 of what is
+    # added up, before cancellation; and of rowsum(dO O), for which the backward pass reads O rounded to the dtype.
     Q, K, V, dO, O = (x.double().abs() for x in (q, k, v, grad, wanted["out"]))
     dP, Delta = (dO @ V.repeat_interleave(H // Hkv, 1).mT).max() * scale, (dO * O).sum(-1).max() * scale
     added = {"out": V.max(), "dq": dP * K.max(), "dk": dP * Q.max(), "dv": dO.max()}
@@ -730,7 +730,7 @@ def test_attention(folder, dtype, case):
     check_attention(attention_ptx(folder, DTYPES[dtype], 32), attention_case(DTYPES[dtype], **CASES[case]))
 
 
-@pytest.mark.parametrize("dtype, D", [("f32", 64), ("f32", 128), ("f16", 128), ("bf16", 64), ("bf16", 96)])
+@pytest.mark.parametrize("dtype, D", [("f32", 64), ("f16", 128), ("bf16", 96)])
 def test_attention_with_longer_heads(folder, dtype, D):
     case = attention_case(DTYPES[dtype], Tq=70, Tk=75, D=D, causal=True)
     check_attention(attention_ptx(folder, DTYPES[dtype], D), case)
