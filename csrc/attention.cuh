@@ -38,6 +38,11 @@
 #include "device.cuh"
 #ifdef MINIMAL_CUDA_ON_CPU
 #define __grid_constant__
+#define UNROLL
+#define UNROLL_2
+#else
+#define UNROLL _Pragma("unroll")
+#define UNROLL_2 _Pragma("unroll 2")
 #endif
 
 namespace minimal::cuda {
@@ -71,13 +76,13 @@ struct AttentionArgs {
 // documents that do not rise from 0 to B T give wrong results, but read and write nothing outside the tensors.
 inline const char* attention_unfit(const AttentionArgs& a, bool backward);
 
-// launch(kernel, blocks, threads, bytes, a) runs kernel(a), whose only parameter is the AttentionArgs, on `blocks` blocks
-// (int64_t, 1 to 2^31 - 1) with `bytes` of dynamic shared memory. More than 48 KB must be asked for first, by
+// launch(kernel, blocks, threads, bytes, a) runs kernel(a), which takes nothing else than the AttentionArgs, on 1 to
+// 2^31 - 1 blocks (an int64_t) with `bytes` of dynamic shared memory. More than 48 KB must be asked for first, by
 // cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes).
 template <class Launch>
 void attention_forward(const AttentionArgs& a, Launch launch);  // writes out and lse
 template <class Launch>
-void attention_backward(const AttentionArgs& a, Launch launch);  // writes dq, dk and dv, all of them; three launches
+void attention_backward(const AttentionArgs& a, Launch launch);  // in attention_backward.cuh: all of dq, dk and dv
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
@@ -99,12 +104,6 @@ struct Forward : Tiles<T, D, D <= 64 ? 2 : 1, 4, sizeof(T) == 4 ? 32 : 64> {
   static constexpr int SHARED = C::OWN + 2 * C::OTHER;  // Q; K and V
   static_assert(SHARED <= MOST_SHARED);
 };
-template <class T, int D>
-struct Backward : Tiles<T, D, 1, sizeof(T) == 4 && D == 128 ? 2 : 4, (D <= 64 ? 64 : 32) / (sizeof(T) == 4 ? 2 : 1)> {
-  using C = Backward;
-  static constexpr int SHARED = 2 * C::OWN + 2 * (2 * C::OTHER + C::N * 8);  // X1, X2; Y1, Y2 and two numbers a row, twice
-  static_assert(SHARED <= MOST_SHARED);
-};
 
 // ---- instructions ---------------------------------------------------------------------------------------------------
 
@@ -119,11 +118,11 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
   cuda_on_cpu::cp_async(to, from, BYTES, there ? BYTES : 0);
 #else
   if constexpr (BYTES == 16)  // .cg: past the first-level cache, since nobody else on this processor wants it
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
-                 : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 8 : 0)
-                 : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
+                 ::"r"(shared_address(to)), "l"(from), "r"(there ? 8 : 0) : "memory");
 #endif
 }
 
@@ -228,7 +227,8 @@ __device__ __forceinline__ float4 get4(const __half* p) {
 }
 __device__ __forceinline__ float4 get4(const __nv_bfloat16* p) {
   const uint2 u = *reinterpret_cast<const uint2*>(p);
-  const float2 x = __bfloat1622float2(bits_of<__nv_bfloat162>(u.x)), y = __bfloat1622float2(bits_of<__nv_bfloat162>(u.y));
+  const float2 x = __bfloat1622float2(bits_of<__nv_bfloat162>(u.x));
+  const float2 y = __bfloat1622float2(bits_of<__nv_bfloat162>(u.y));
   return make_float4(x.x, x.y, y.x, y.y);
 }
 
@@ -241,11 +241,10 @@ __device__ __forceinline__ T* head_of(const Strided& x, int b, int h) {
 
 // Starts to copy rows [from, from + ROWS) of x into shared memory; zeros stand for those from `end` on, since whatever
 // lay there, a NaN perhaps, would be multiplied by a P of 0.
-template <class C, int ROWS>
-__device__ __forceinline__ void load_rows(typename C::T* to, const typename C::T* x, int64_t stride, int from, int end) {
-  constexpr int E = 16 / sizeof(typename C::T), PIECES = C::D / E;  // of 16 bytes
-#pragma unroll
-  for (int p = int(threadIdx.x); p < ROWS * PIECES; p += C::THREADS) {
+template <class C, int ROWS, class T = typename C::T>
+__device__ __forceinline__ void load_rows(T* to, const T* x, int64_t stride, int from, int end) {
+  constexpr int E = 16 / sizeof(T), PIECES = C::D / E;  // of 16 bytes
+  UNROLL for (int p = int(threadIdx.x); p < ROWS * PIECES; p += C::THREADS) {
     const int row = p / PIECES, d = p % PIECES * E;
     const bool there = from + row < end;
     copy_async<16>(to + row * C::LD + d, x + (there ? from + row : 0) * stride + d, there);
@@ -254,19 +253,15 @@ __device__ __forceinline__ void load_rows(typename C::T* to, const typename C::T
 
 // Writes the first `rows` rows of a warp's sums c, by way of its own rows in shared memory, which nobody else reads:
 // memory wants 16 bytes from a lane, and whole rows from its neighbours.
-template <class C>
-__device__ __forceinline__ void store_rows(const float (&c)[C::M][C::D / 8][4], const float (&factor)[C::M][2],
-                                           typename C::T* own, typename C::T* to, int64_t stride, int rows) {
-  constexpr int E = 16 / sizeof(typename C::T), PIECES = C::D / E;
+template <class C, class T = typename C::T>
+__device__ __forceinline__ void store_rows(const float (&c)[C::M][C::D / 8][4], T* own, T* to, int64_t stride,
+                                           int rows) {
+  constexpr int E = 16 / sizeof(T), PIECES = C::D / E;
   const int lane = lane_of(), g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int m = 0; m < C::M; m++)
-#pragma unroll
-    for (int n = 0; n < C::D / 8; n++)
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        put2(own + (16 * m + 8 * i + g) * C::LD + 8 * n + 2 * t, c[m][n][2 * i] * factor[m][i],
-             c[m][n][2 * i + 1] * factor[m][i]);
+  UNROLL for (int m = 0; m < C::M; m++)
+    UNROLL for (int n = 0; n < C::D / 8; n++)
+      UNROLL for (int i = 0; i < 2; i++)
+        put2(own + (16 * m + 8 * i + g) * C::LD + 8 * n + 2 * t, c[m][n][2 * i], c[m][n][2 * i + 1]);
   __syncwarp();
   for (int p = lane; p < rows * PIECES; p += 32) {
     const int row = p / PIECES, d = p % PIECES * E;
@@ -275,54 +270,39 @@ __device__ __forceinline__ void store_rows(const float (&c)[C::M][C::D / 8][4], 
 }
 
 // c (16 M x N) = X (16 M x D) Y' (D x N), both X and Y row by row in shared memory.
-template <class C>
-__device__ __forceinline__ void multiply_rows(float (&c)[C::M][C::N / 8][4], const typename C::T* X,
-                                              const typename C::T* Y) {
+template <class C, class T = typename C::T>
+__device__ __forceinline__ void multiply_rows(float (&c)[C::M][C::N / 8][4], const T* X, const T* Y) {
   const int lane = lane_of(), g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int m = 0; m < C::M; m++)
-#pragma unroll
-    for (int n = 0; n < C::N / 8; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) c[m][n][e] = 0;
-  if constexpr (sizeof(typename C::T) == 2) {
+  UNROLL for (int m = 0; m < C::M; m++)
+    UNROLL for (int n = 0; n < C::N / 8; n++)
+      UNROLL for (int e = 0; e < 4; e++) c[m][n][e] = 0;
+  if constexpr (sizeof(T) == 2) {
     // A row of Y is a column of Y', two neighbours of which a lane wants: so neither is transposed on the way.
     X += lane % 16 * C::LD + lane / 16 * 8;
     Y += (lane / 16 * 8 + lane % 8) * C::LD + lane / 8 % 2 * 8;
-#pragma unroll
-    for (int d = 0; d < C::D; d += 16) {
+    UNROLL for (int d = 0; d < C::D; d += 16) {
       uint32_t x[C::M][4], y[4];
-#pragma unroll
-      for (int m = 0; m < C::M; m++) load_matrices<false>(x[m], X + 16 * m * C::LD + d);
-#pragma unroll
-      for (int n = 0; n < C::N / 8; n += 2) {
+      UNROLL for (int m = 0; m < C::M; m++) load_matrices<false>(x[m], X + 16 * m * C::LD + d);
+      UNROLL for (int n = 0; n < C::N / 8; n += 2) {
         load_matrices<false>(y, Y + 8 * n * C::LD + d);
-#pragma unroll
-        for (int m = 0; m < C::M; m++) {
-          multiply<typename C::T>(c[m][n], x[m], y[0], y[1]);
-          multiply<typename C::T>(c[m][n + 1], x[m], y[2], y[3]);
+        UNROLL for (int m = 0; m < C::M; m++) {
+          multiply<T>(c[m][n], x[m], y[0], y[1]);
+          multiply<T>(c[m][n + 1], x[m], y[2], y[3]);
         }
       }
     }
   } else {
     X += g * C::LD;
     Y += 2 * t * C::LD;
-#pragma unroll 2
-    for (int d = 0; d < C::D; d += 4) {
+    UNROLL_2 for (int d = 0; d < C::D; d += 4) {
       float4 x[C::M][2];
-#pragma unroll
-      for (int m = 0; m < C::M; m++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) x[m][i] = get4(X + (16 * m + 8 * i) * C::LD + d);
-#pragma unroll
-      for (int n = 0; n < C::N / 8; n++)
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
+      UNROLL for (int m = 0; m < C::M; m++)
+        UNROLL for (int i = 0; i < 2; i++) x[m][i] = get4(X + (16 * m + 8 * i) * C::LD + d);
+      UNROLL for (int n = 0; n < C::N / 8; n++)
+        UNROLL for (int j = 0; j < 2; j++) {
           const float4 y = get4(Y + (8 * n + j) * C::LD + d);
-#pragma unroll
-          for (int m = 0; m < C::M; m++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
+          UNROLL for (int m = 0; m < C::M; m++)
+            UNROLL for (int i = 0; i < 2; i++) {
               float& sum = c[m][n][2 * i + j];
               sum = fmaf(x[m][i].x, y.x, sum);
               sum = fmaf(x[m][i].y, y.y, sum);
@@ -335,49 +315,37 @@ __device__ __forceinline__ void multiply_rows(float (&c)[C::M][C::N / 8][4], con
 }
 
 // c (16 M x D) += P (16 M x N) Y (N x D), P in the registers as multiply_rows leaves its product.
-template <class C>
+template <class C, class T = typename C::T>
 __device__ __forceinline__ void multiply_add(float (&c)[C::M][C::D / 8][4], const float (&P)[C::M][C::N / 8][4],
-                                             const typename C::T* Y) {
+                                             const T* Y) {
   const int lane = lane_of(), t = lane % 4;
-  if constexpr (sizeof(typename C::T) == 2) {
+  if constexpr (sizeof(T) == 2) {
     Y += lane % 16 * C::LD + lane / 16 * 8;
-#pragma unroll
-    for (int k = 0; k < C::N / 8; k += 2) {
+    UNROLL for (int k = 0; k < C::N / 8; k += 2) {
       uint32_t p[C::M][4], y[4];
-#pragma unroll
-      for (int m = 0; m < C::M; m++)  // the left operand: rows g and g + 8 of columns 2 t .., then of 2 t + 8 ..
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          p[m][i] = pack<typename C::T>(P[m][k + i / 2][i % 2 * 2], P[m][k + i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-      for (int n = 0; n < C::D / 8; n += 2) {
+      UNROLL for (int m = 0; m < C::M; m++)  // the left operand: rows g and g + 8 of columns 2 t .., then of 2 t + 8 ..
+        UNROLL for (int i = 0; i < 4; i++)
+          p[m][i] = pack<T>(P[m][k + i / 2][i % 2 * 2], P[m][k + i / 2][i % 2 * 2 + 1]);
+      UNROLL for (int n = 0; n < C::D / 8; n += 2) {
         load_matrices<true>(y, Y + 8 * k * C::LD + 8 * n);
-#pragma unroll
-        for (int m = 0; m < C::M; m++) {
-          multiply<typename C::T>(c[m][n], p[m], y[0], y[1]);
-          multiply<typename C::T>(c[m][n + 1], p[m], y[2], y[3]);
+        UNROLL for (int m = 0; m < C::M; m++) {
+          multiply<T>(c[m][n], p[m], y[0], y[1]);
+          multiply<T>(c[m][n + 1], p[m], y[2], y[3]);
         }
       }
     }
   } else {
     Y += 2 * t;
-#pragma unroll
-    for (int k = 0; k < C::N / 8; k++)
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
+    UNROLL for (int k = 0; k < C::N / 8; k++)
+      UNROLL for (int j = 0; j < 8; j++) {
         float p[C::M][2];
-#pragma unroll
-        for (int m = 0; m < C::M; m++)
-#pragma unroll
-          for (int i = 0; i < 2; i++)  // column j is held by lane j / 2 of the four
+        UNROLL for (int m = 0; m < C::M; m++)
+          UNROLL for (int i = 0; i < 2; i++)  // column j is held by lane j / 2 of the four
             p[m][i] = __shfl_sync(FULL_WARP, P[m][k][2 * i + j % 2], lane - t + j / 2);
-#pragma unroll
-        for (int n = 0; n < C::D / 8; n++) {
+        UNROLL for (int n = 0; n < C::D / 8; n++) {
           const float2 y = *reinterpret_cast<const float2*>(Y + (8 * k + j) * C::LD + 8 * n);
-#pragma unroll
-          for (int m = 0; m < C::M; m++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
+          UNROLL for (int m = 0; m < C::M; m++)
+            UNROLL for (int i = 0; i < 2; i++) {
               c[m][n][2 * i] = fmaf(p[m][i], y.x, c[m][n][2 * i]);
               c[m][n][2 * i + 1] = fmaf(p[m][i], y.y, c[m][n][2 * i + 1]);
             }
@@ -443,14 +411,22 @@ struct Block {
   // What the rows see of which this lane holds columns. Rows past the end, which nobody will store, see as the last.
   __device__ void rows(const AttentionArgs& a, Range (&row)[C::M][2]) const {
     const int mine = from + int(threadIdx.x) / 32 * 16 * C::M + lane_of() / 4;
-#pragma unroll
-    for (int m = 0; m < C::M; m++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) row[m][i] = seen<of_keys>(a, b, min(mine + 16 * m + 8 * i, end - 1));
+    UNROLL for (int m = 0; m < C::M; m++)
+      UNROLL for (int i = 0; i < 2; i++) row[m][i] = seen<of_keys>(a, b, min(mine + 16 * m + 8 * i, end - 1));
   }
 };
 
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
+// Sets the elements of c that the rows do not see; column 0 of c is row `from` of the other side.
+template <class C>
+__device__ __forceinline__ void hide(float (&c)[C::M][C::N / 8][4], const Range (&row)[C::M][2], int from, float to) {
+  from += lane_of() % 4 * 2;
+  UNROLL for (int m = 0; m < C::M; m++)
+    UNROLL for (int n = 0; n < C::N / 8; n++)
+      UNROLL for (int e = 0; e < 4; e++)
+        if (!row[m][e / 2].has(from + 8 * n + e % 2)) c[m][n][e] = to;
+}
+
+constexpr float LOG2_E = 1.44269504f;
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
@@ -462,7 +438,8 @@ __global__ void __launch_bounds__(Forward<T, D>::THREADS) forward_kernel(const _
   T *const K = Q + C::ROWS * C::LD, *const V = K + C::N * C::LD;
 
   const Block<C, false> block(a);
-  const int lane = lane_of(), g = lane / 4, t = lane % 4, mine = int(threadIdx.x) / 32 * 16 * C::M;  // the warp's first row
+  const int lane = lane_of(), g = lane / 4, t = lane % 4;
+  const int mine = int(threadIdx.x) / 32 * 16 * C::M;  // the warp's first row
   const int kv = block.h / int(a.H / a.Hkv), Tk = int(a.Tk);
   const T *const k = head_of<T>(a.k, block.b, kv), *const v = head_of<T>(a.v, block.b, kv);
   Range row[C::M][2];
@@ -471,10 +448,9 @@ __global__ void __launch_bounds__(Forward<T, D>::THREADS) forward_kernel(const _
   load_rows<C, C::ROWS>(Q, head_of<T>(a.q, block.b, block.h), a.q.token, block.from, block.end);
   if (block.first < block.last) load_rows<C, C::N>(K, k, a.k.token, block.first * C::N, Tk);
 
-  float o[C::M][D / 8][4] = {}, highest[C::M][2], l[C::M][2] = {};
-#pragma unroll
-  for (int m = 0; m < C::M; m++) highest[m][0] = highest[m][1] = -INF;
-  const float scale = a.scale * LOG2_E;
+  float o[C::M][D / 8][4] = {}, l[C::M][2] = {};
+  float base[C::M][2];  // the maximum m so far, times log2 e: exp(S - m) = 2^(S log2 e - base)
+  UNROLL for (int m = 0; m < C::M; m++) base[m][0] = base[m][1] = -INF;
 
   for (int tile = block.first; tile < block.last; tile++) {
     wait_for_copies();
@@ -483,36 +459,26 @@ __global__ void __launch_bounds__(Forward<T, D>::THREADS) forward_kernel(const _
 
     float s[C::M][C::N / 8][4];
     multiply_rows<C>(s, Q + mine * C::LD, K);  // S = Q K'
-    const bool edge = block.is_edge(tile);
-#pragma unroll
-    for (int m = 0; m < C::M; m++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        float now = highest[m][i];
-#pragma unroll
-        for (int n = 0; n < C::N / 8; n++)
-#pragma unroll
-          for (int j = 0; j < 2; j++) {
-            float& x = s[m][n][2 * i + j];
-            x *= scale;
-            if (edge && !row[m][i].has(tile * C::N + 8 * n + 2 * t + j)) x = -INF;
-            now = fmaxf(now, x);
-          }
-        now = quad_max(now);
-        const float from = now == -INF ? 0 : now;  // nothing seen yet: -inf - -inf would be NaN
-        const float shrink = exp2_of(highest[m][i] - from);
-        highest[m][i] = now;
+    UNROLL for (int m = 0; m < C::M; m++)
+      UNROLL for (int n = 0; n < C::N / 8; n++)
+        UNROLL for (int e = 0; e < 4; e++) s[m][n][e] *= a.scale;
+    if (block.is_edge(tile)) hide<C>(s, row, tile * C::N, -INF);
+    UNROLL for (int m = 0; m < C::M; m++)
+      UNROLL for (int i = 0; i < 2; i++) {
+        float most = -INF;
+        UNROLL for (int n = 0; n < C::N / 8; n++) most = fmaxf(most, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
+        const float next = fmaxf(base[m][i], quad_max(most) * LOG2_E);
+        const float shift = next == -INF ? 0 : next;  // nothing seen yet: -inf - -inf would be NaN
+        const float shrink = exp2_of(base[m][i] - shift);
+        base[m][i] = next;
         l[m][i] *= shrink;  // of this lane's columns; summed over the four lanes in the end
-#pragma unroll
-        for (int n = 0; n < C::N / 8; n++)
-#pragma unroll
-          for (int j = 0; j < 2; j++) {
+        UNROLL for (int n = 0; n < C::N / 8; n++)
+          UNROLL for (int j = 0; j < 2; j++) {
             float& x = s[m][n][2 * i + j];
-            x = exp2_of(x - from);
+            x = exp2_of(fmaf(x, LOG2_E, -shift));
             l[m][i] += x;
           }
-#pragma unroll
-        for (int n = 0; n < D / 8; n++) {
+        UNROLL for (int n = 0; n < D / 8; n++) {
           o[m][n][2 * i] *= shrink;
           o[m][n][2 * i + 1] *= shrink;
         }
@@ -526,130 +492,21 @@ __global__ void __launch_bounds__(Forward<T, D>::THREADS) forward_kernel(const _
   wait_for_copies();
   __syncthreads();  // where there was no tile, Q may still be on its way
 
-  float inverse[C::M][2];
-#pragma unroll
-  for (int m = 0; m < C::M; m++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const float sum = quad_sum(l[m][i]);
-      inverse[m][i] = sum == 0 ? 0 : 1 / sum;
+  UNROLL for (int m = 0; m < C::M; m++)
+    UNROLL for (int i = 0; i < 2; i++) {
+      const float sum = quad_sum(l[m][i]), inverse = sum == 0 ? 0 : 1 / sum;
+      UNROLL for (int n = 0; n < D / 8; n++) {
+        o[m][n][2 * i] *= inverse;
+        o[m][n][2 * i + 1] *= inverse;
+      }
+      // In double, once a row: m comes back from base, whose rounding also went into every P and so into l.
+      const double lse = base[m][i] * (1 / double(LOG2_E)) + double(logf(sum));
       const int q = block.from + mine + 16 * m + 8 * i + g;
-      if (t == 0 && q < block.end)
-        a.lse[(block.b * a.H + block.h) * a.Tq + q] = sum == 0 ? -INF : (highest[m][i] + log2f(sum)) * LN_2;
+      if (t == 0 && q < block.end) a.lse[(block.b * a.H + block.h) * a.Tq + q] = sum == 0 ? -INF : float(lse);
     }
   const int first = block.from + mine;
-  store_rows<C>(o, inverse, Q + mine * C::LD, head_of<T>(a.out, block.b, block.h) + first * a.out.token, a.out.token,
+  store_rows<C>(o, Q + mine * C::LD, head_of<T>(a.out, block.b, block.h) + first * a.out.token, a.out.token,
                 min(16 * C::M, block.end - first));
-}
-
-// ---- backward -------------------------------------------------------------------------------------------------------
-
-// For each query what P and dS are computed with: lse in base 2, +inf where nothing is seen (then P = 2^-inf = 0), and
-// Delta = rowsum(dO * O). Eight lanes take a row.
-constexpr int DELTA_THREADS = 256;
-template <class T, int D>
-__global__ void __launch_bounds__(DELTA_THREADS) delta_kernel(const __grid_constant__ AttentionArgs a) {
-  const int64_t row = blockIdx.x * int64_t(DELTA_THREADS / 8) + threadIdx.x / 8, rows = a.B * a.H * a.Tq;
-  float sum = 0;
-  if (row < rows) {
-    const int64_t token = row % a.Tq, head = row / a.Tq;
-    const int b = int(head / a.H), h = int(head % a.H);
-    const T *const out = head_of<T>(a.out, b, h) + token * a.out.token, *const dout = head_of<T>(a.dout, b, h) + token * a.dout.token;
-#pragma unroll
-    for (int d = int(threadIdx.x) % 8 * 4; d < D; d += 32) {
-      const float4 x = get4(out + d), y = get4(dout + d);
-      sum += x.x * y.x + x.y * y.y + (x.z * y.z + x.w * y.w);
-    }
-  }
-  sum = quad_sum(sum);
-  sum += __shfl_xor_sync(FULL_WARP, sum, 4);
-  if (row < rows && threadIdx.x % 8 == 0) {
-    const float lse = a.lse[row];
-    reinterpret_cast<float2*>(a.scratch)[row] = make_float2(lse == -INF ? INF : lse * LOG2_E, sum);
-  }
-}
-
-// of_keys: dK and dV of a tile of keys, summed over the queries of all heads that use it; else dQ of a tile of queries.
-//     X1 = K, X2 = V, Y1 = Q, Y2 = dO                                 X1 = Q, X2 = dO, Y1 = K, Y2 = V
-template <class T, int D, bool of_keys>
-__global__ void __launch_bounds__(Backward<T, D>::THREADS) backward_kernel(const __grid_constant__ AttentionArgs a) {
-  using C = Backward<T, D>;
-  MINIMAL_DYN_SHARED(char, memory);
-  T* const X1 = reinterpret_cast<T*>(memory);
-  T *const X2 = X1 + C::ROWS * C::LD, *const Y = X2 + C::ROWS * C::LD;  // Y1 and Y2 of an even tile, then of an odd one
-  float2* const of_query = reinterpret_cast<float2*>(Y + 4 * C::N * C::LD);
-
-  const Block<C, of_keys> block(a);
-  const int lane = lane_of(), g = lane / 4, t = lane % 4, mine = int(threadIdx.x) / 32 * 16;
-  const int group = int(a.H / a.Hkv), tiles = block.last - block.first, total = of_keys ? tiles * group : tiles;
-  const int T_other = int(of_keys ? a.Tq : a.Tk);
-  Range row[C::M][2];
-  block.rows(a, row);
-
-  const auto scratch = [&](int h) { return reinterpret_cast<const float2*>(a.scratch) + (block.b * a.H + h) * a.Tq; };
-  const auto load_tile = [&](int n) {
-    const int h = of_keys ? block.h * group + n / tiles : block.h / group;
-    const int from = (block.first + n % tiles) * C::N;
-    const Strided &y1 = of_keys ? a.q : a.k, &y2 = of_keys ? a.dout : a.v;
-    T* const to = Y + n % 2 * 2 * C::N * C::LD;
-    load_rows<C, C::N>(to, head_of<T>(y1, block.b, h), y1.token, from, T_other);
-    load_rows<C, C::N>(to + C::N * C::LD, head_of<T>(y2, block.b, h), y2.token, from, T_other);
-    if (of_keys && int(threadIdx.x) < C::N) {
-      const int i = from + int(threadIdx.x);
-      copy_async<8>(of_query + n % 2 * C::N + threadIdx.x, scratch(h) + (i < T_other ? i : 0), i < T_other);
-    }
-  };
-
-  const Strided &x1 = of_keys ? a.k : a.q, &x2 = of_keys ? a.v : a.dout;
-  load_rows<C, C::ROWS>(X1, head_of<T>(x1, block.b, block.h), x1.token, block.from, block.end);
-  load_rows<C, C::ROWS>(X2, head_of<T>(x2, block.b, block.h), x2.token, block.from, block.end);
-  if (total > 0) load_tile(0);
-
-  float2 of_row[C::M][2];  // lse and Delta, when the own rows are queries
-  if constexpr (!of_keys)
-#pragma unroll
-    for (int i = 0; i < 2; i++) of_row[0][i] = scratch(block.h)[min(block.from + mine + 8 * i + g, block.end - 1)];
-
-  float d1[C::M][D / 8][4] = {}, d2[C::M][D / 8][4] = {};  // dK or dQ; dV
-  const float scale = a.scale * LOG2_E;
-  for (int n = 0; n < total; n++) {
-    wait_for_copies();
-    __syncthreads();  // this tile is here, and nobody is at the one before any more
-    if (n + 1 < total) load_tile(n + 1);
-    const T *const Y1 = Y + n % 2 * 2 * C::N * C::LD, *const Y2 = Y1 + C::N * C::LD;
-    const int tile = block.first + n % tiles;
-    const bool edge = block.is_edge(tile);
-
-    float p[C::M][C::N / 8][4], ds[C::M][C::N / 8][4];
-    multiply_rows<C>(p, X1 + mine * C::LD, Y1);   // S
-    multiply_rows<C>(ds, X2 + mine * C::LD, Y2);  // dP
-#pragma unroll
-    for (int c = 0; c < C::N / 8; c++) {
-      const float4 both = of_keys ? get4(reinterpret_cast<const float*>(of_query + n % 2 * C::N + 8 * c + 2 * t)) : float4{};
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int i = e / 2, j = e % 2;
-        const float lse = of_keys ? (j ? both.z : both.x) : of_row[0][i].x;
-        const float Delta = of_keys ? (j ? both.w : both.y) : of_row[0][i].y;
-        const bool hidden = edge && !row[0][i].has(tile * C::N + 8 * c + 2 * t + j);
-        const float P = exp2_of(p[0][c][e] * scale - lse);
-        p[0][c][e] = hidden ? 0 : P;
-        ds[0][c][e] = hidden ? 0 : P * (ds[0][c][e] - Delta);  // dS = P (dP - Delta)
-      }
-    }
-    if constexpr (of_keys) multiply_add<C>(d2, p, Y2);  // dV += P' dO
-    multiply_add<C>(d1, ds, Y1);                        // dK += dS' Q, dQ += dS K
-  }
-  wait_for_copies();
-  __syncthreads();
-
-  const int first = block.from + mine, rows = min(16 * C::M, block.end - first);
-  const auto store = [&](const float (&c)[C::M][D / 8][4], float factor, T* own, const Strided& to) {
-    const float factors[C::M][2] = {{factor, factor}};
-    store_rows<C>(c, factors, own + mine * C::LD, head_of<T>(to, block.b, block.h) + first * to.token, to.token, rows);
-  };
-  store(d1, a.scale, X1, of_keys ? a.dk : a.dq);
-  if constexpr (of_keys) store(d2, 1, X2, a.dv);
 }
 
 // ---- which kernel ---------------------------------------------------------------------------------------------------
@@ -679,41 +536,28 @@ void attention_forward(const AttentionArgs& a, Launch launch) {
   });
 }
 
-template <class Launch>
-void attention_backward(const AttentionArgs& a, Launch launch) {
-  with_types(a, [&](auto type, auto D) {
-    using T = decltype(type);
-    using C = Backward<T, D()>;
-    if (const int64_t blocks = blocks_of(a.B * a.H * a.Tq, DELTA_THREADS / 8, 1))
-      launch(delta_kernel<T, D()>, blocks, DELTA_THREADS, 0, a);
-    if (const int64_t blocks = blocks_of(a.Tk, C::ROWS, a.B * a.Hkv))
-      launch(backward_kernel<T, D(), true>, blocks, C::THREADS, C::SHARED, a);
-    if (const int64_t blocks = blocks_of(a.Tq, C::ROWS, a.B * a.H))
-      launch(backward_kernel<T, D(), false>, blocks, C::THREADS, C::SHARED, a);
-  });
-}
-
 // Whether every row of x starts at a multiple of 16 bytes.
 inline bool in_pieces(const Strided& x, int64_t B, int64_t heads, int64_t tokens, int64_t bytes) {
   const auto fits = [&](int64_t size, int64_t stride) { return size <= 1 || stride * bytes % 16 == 0; };
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && fits(B, x.batch) && fits(heads, x.head) && fits(tokens, x.token);
+  const bool start = reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+  return start && fits(B, x.batch) && fits(heads, x.head) && fits(tokens, x.token);
 }
 
 inline const char* attention_unfit(const AttentionArgs& a, bool backward) {
+  constexpr int64_t MOST = INT32_MAX;
   if (a.D != 32 && a.D != 64 && a.D != 96 && a.D != 128) return "the head size must be 32, 64, 96 or 128";
   if (a.H > 0 && (a.Hkv < 1 || a.H % a.Hkv)) return "the number of key and value heads must divide that of query heads";
   if (a.Tq >= 1 << 30 || a.Tk >= 1 << 30) return "there must be fewer than 2^30 tokens";
-  if (a.documents && a.Tq != a.Tk) return "documents need as many queries as keys";
-  if (a.documents && (a.n_documents < 1 || a.B * a.Tq > INT32_MAX)) return "documents need boundaries, of at most 2^31 - 1 tokens";
-  // blocks in a grid; the smallest tile has 32 rows
-  if (blocks_of(a.Tq, 32, a.B * a.H) > INT32_MAX || blocks_of(a.Tk, 32, a.B * a.Hkv) > INT32_MAX) return "too many blocks of 32 rows: more than 2^31 - 1";
+  if (a.documents && (a.Tq != a.Tk || a.B * a.Tq > MOST || a.n_documents < 1))
+    return "documents need as many queries as keys, boundaries, and at most 2^31 - 1 tokens";
+  if (blocks_of(a.Tq, 32, a.B * a.H) > MOST || blocks_of(a.Tk, 32, a.B * a.Hkv) > MOST)  // no tile has fewer rows
+    return "there must be fewer than 2^31 tiles of 32 rows";
   const int64_t bytes = a.dtype == Dtype::f32 ? 4 : 2;
-  const char* const aligned = "every row of every tensor must start at a multiple of 16 bytes";
   const auto of_query = [&](const Strided& x) { return in_pieces(x, a.B, a.H, a.Tq, bytes); };
   const auto of_key = [&](const Strided& x) { return in_pieces(x, a.B, a.Hkv, a.Tk, bytes); };
-  if (!of_query(a.q) || !of_key(a.k) || !of_key(a.v) || !of_query(a.out)) return aligned;
-  if (backward && (!of_query(a.dout) || !of_query(a.dq) || !of_key(a.dk) || !of_key(a.dv))) return aligned;
-  return nullptr;
+  bool aligned = of_query(a.q) && of_key(a.k) && of_key(a.v) && of_query(a.out);
+  if (backward) aligned = aligned && of_query(a.dout) && of_query(a.dq) && of_key(a.dk) && of_key(a.dv);
+  return aligned ? nullptr : "every row of every tensor must start at a multiple of 16 bytes";
 }
 
 }  // namespace minimal::cuda
