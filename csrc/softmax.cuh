@@ -46,7 +46,7 @@ __device__ __forceinline__ void load(const T* row, int64_t stride, int64_t c, in
     for (int i = 0; i < V; i++) x[i] = to_float(pack.at[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < V; i++) x[i] = c + i < n ? to_float(row[(c + i) * stride]) : fill;
+    for (int i = 0; i < V; i++) x[i] = c + i < n ? to_float(row[(c + i) * (V > 1 ? 1 : stride)]) : fill;
   }
 }
 template <class T, int V>
@@ -84,6 +84,7 @@ __device__ __forceinline__ void scores(const T* x, int64_t stride, const Mask& m
 
 constexpr int WARP_ROW = 1024;  // longest row that a warp takes
 constexpr int THREADS = 256;    // of every block: 8 short rows, or one long one
+constexpr int BLOCKS = 4;       // at least, on a processor: 64 registers a thread, if no loop over columns is unrolled
 
 // The sum or the maximum over the threads of one row, in all of them. `part` has room for one number a warp.
 template <bool MAXIMUM, int ROW_THREADS>
@@ -100,7 +101,7 @@ __device__ __forceinline__ float reduce(float x, float* part) {
 
 // y is contiguous. V > 1: x has a column stride of 1 and every row of x and y starts at a multiple of 16 bytes.
 template <class T, int V, int ROW_THREADS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, BLOCKS)
     softmax_kernel(View4<const T> x, Mask mask, Shape4 shape, float scale, bool causal, T* y) {
   MINIMAL_SHARED(float, part, THREADS / 32);
   const int64_t total = shape.B * shape.H * shape.rows, columns = shape.columns;
@@ -115,6 +116,7 @@ __global__ void __launch_bounds__(THREADS)
     if (causal) n = max(int64_t(0), min(columns, row % shape.rows + 1 + columns - shape.rows));
 
     float m = -INF, l = 0;
+#pragma unroll 1
     for (int64_t c = first; c < n; c += step) {
       float s[V], next = m;
       scores<T, V>(x_row, x.stride[3], mask, mask_row, scale, c, n, s);
@@ -131,6 +133,7 @@ __global__ void __launch_bounds__(THREADS)
     const float L = reduce<false, ROW_THREADS>(l * __expf(m - M), part);
     const float inverse = L == 0 ? 0 : 1 / L;
 
+#pragma unroll 1
     for (int64_t c = first; c < columns; c += step) {
       float s[V];
       scores<T, V>(x_row, x.stride[3], mask, mask_row, scale, c, n, s);
@@ -143,7 +146,7 @@ __global__ void __launch_bounds__(THREADS)
 
 // dx is contiguous. V > 1: as above, of dy, y and dx.
 template <class T, int V, int ROW_THREADS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, BLOCKS)
     softmax_backward_kernel(View4<const T> dy, View4<const T> y, Shape4 shape, float scale, T* dx) {
   MINIMAL_SHARED(float, part, THREADS / 32);
   const int64_t total = shape.B * shape.H * shape.rows, columns = shape.columns;
@@ -153,6 +156,7 @@ __global__ void __launch_bounds__(THREADS)
     const T* const dy_row = dy.data + row_start(dy, shape, row);
     const T* const y_row = y.data + row_start(y, shape, row);
     float a[V], b[V], D = 0;
+#pragma unroll 1
     for (int64_t c = first; c < columns; c += step) {
       load<T, V>(dy_row, dy.stride[3], c, columns, 0, a);
       load<T, V>(y_row, y.stride[3], c, columns, 0, b);
@@ -160,6 +164,7 @@ __global__ void __launch_bounds__(THREADS)
       for (int i = 0; i < V; i++) D += a[i] * b[i];
     }
     D = reduce<false, ROW_THREADS>(D, part);
+#pragma unroll 1
     for (int64_t c = first; c < columns; c += step) {
       load<T, V>(dy_row, dy.stride[3], c, columns, 0, a);
       load<T, V>(y_row, y.stride[3], c, columns, 0, b);

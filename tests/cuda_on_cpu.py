@@ -24,11 +24,11 @@ ORDERS = ("first in", "last in", "random")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SANITIZE = {
     "plain": ["-O2"],
-    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "address": ["-O1", "-g1", "-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
 }
 # Vectors of the CUDA types are aligned as on the GPU; pragmas that g++ does not know are for nvcc.
-FLAGS = ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-DMINIMAL_CUDA_ON_CPU", "-rdynamic"]
+FLAGS = ["-std=c++20", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DMINIMAL_CUDA_ON_CPU", "-rdynamic"]
 
 
 def compiler() -> str | None:
@@ -52,7 +52,16 @@ def build(folder, kernel: str, mode: str, extra, changes) -> pathlib.Path:
         path = folder / "csrc" / file
         path.write_text(changed(path.read_text(), old, new))
     sources = [ROOT / "tests" / "cuda" / f"{kernel}_on_cpu.cpp"]
-    command = [compiler(), *FLAGS, *SANITIZE[mode], f"-I{folder / 'csrc'}", f"-I{ROOT / 'tests' / 'cuda'}", *extra]
+    warnings = [] if changes else ["-Wall", "-Wextra"]
+    command = [
+        compiler(),
+        *FLAGS,
+        *warnings,
+        *SANITIZE[mode],
+        f"-I{folder / 'csrc'}",
+        f"-I{ROOT / 'tests' / 'cuda'}",
+        *extra,
+    ]
     result = folder / kernel
     done = subprocess.run([*command, *sources, "-ldl", "-o", result], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr

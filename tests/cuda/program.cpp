@@ -23,7 +23,7 @@ int64_t read_number() {
 }
 template <class T>
 std::vector<T> read_list() {
-  std::vector<T> list(size_t(read_number()));
+  std::vector<T> list(static_cast<size_t>(read_number()));
   read(list.data(), list.size() * sizeof(T));
   return list;
 }
@@ -36,7 +36,7 @@ int main() {
     const std::vector<char> name = read_list<char>();
     const std::vector<int64_t> n = read_list<int64_t>();
     const std::vector<double> f = read_list<double>();
-    std::vector<std::pair<char*, int64_t>> buffers(size_t(read_number()));
+    std::vector<std::pair<char*, int64_t>> buffers(static_cast<size_t>(read_number()));
     std::vector<void*> p;
     for (auto& [start, size] : buffers) {
       size = read_number();
