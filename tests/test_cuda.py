@@ -218,11 +218,165 @@ def test_softmax_with_a_bug_is_caught(tmp_path, bug):
                 check_softmax(case, on_cpu(programs[mode], *case, order=order))
 
 
+# ---------------------------------------------------------------------------------------------- attention
+
+
+def visible(B, Tq, Tk, causal, window, documents):
+    """(B, Tq, Tk): which query sees which key."""
+    i, j = torch.arange(Tq)[:, None] + Tk - Tq, torch.arange(Tk)
+    seen = torch.ones(B, Tq, Tk, dtype=torch.bool)
+    if causal:
+        seen &= j <= i
+    if window:
+        seen &= (i - j).abs() < window
+    if documents is not None:
+        number = (documents[:, None] <= torch.arange(B * Tq)).sum(0).view(B, Tq)  # how many have begun by this token
+        seen &= number[:, :, None] == number[:, None, :]
+    return seen
+
+
+def by_definition(case, dtype):
+    """(out, lse, dq, dk, dv) of PyTorch's autograd at that dtype."""
+    q, k, v, grad, scale, causal, window, documents = case
+    inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    K, V = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in inputs[1:])
+    seen = visible(q.shape[0], q.shape[2], k.shape[2], causal, window, documents)[:, None]
+    nothing = ~seen.any(-1, keepdim=True)
+    s = (scale * (inputs[0] @ K.mT)).masked_fill(~seen, -math.inf)
+    out = torch.softmax(s.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0) @ V
+    gradients = torch.autograd.grad(out, inputs, grad.to(dtype))
+    lse = s.detach().to(torch.promote_types(dtype, torch.float32)).logsumexp(-1)
+    return out.detach(), lse, *gradients
+
+
+def attention_on_cpu(call, case, **how):
+    """The same of the kernels, through the entries of tests/cuda/attention_on_cpu.cpp."""
+    q, k, v, grad, scale, causal, window, documents = case
+    out, dq, dk, dv = (torch.full(x.shape, math.nan, dtype=x.dtype) for x in (q, q, k, v))
+    lse, scratch = torch.full(q.shape[:3], math.nan), torch.full((*q.shape[:3], 2), math.nan)
+    boundaries = 0 if documents is None else len(documents)
+    numbers = [
+        DTYPES[q.dtype],
+        *q.shape[:2],
+        k.shape[1],
+        q.shape[2],
+        k.shape[2],
+        q.shape[3],
+        causal,
+        window,
+        boundaries,
+    ]
+    numbers += [n for x in (q, k, v, out) for n in x.stride()[:3]]
+    call("attention", numbers, [scale], [q, k, v, out, lse, documents], **how)
+    numbers += [n for x in (grad, dq, dk, dv) for n in x.stride()[:3]]
+    tensors = [q, k, v, out, lse, documents, grad, dq, dk, dv, scratch]
+    call("attention_backward", numbers, [scale], tensors, **how)
+    return out, lse, dq, dk, dv
+
+
+def largest(x):
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def check_attention(case, got):
+    """Against float64: at most twice the error of PyTorch at the same dtype, and a few ulp (as in test_fused.py)."""
+    q, k, v, grad, scale, *_ = case
+    wanted, theirs = by_definition(case, torch.float64), by_definition(case, q.dtype)
+    K, V = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    dS = abs(scale) * largest(grad.double().abs() @ V.abs().mT)
+    scores = abs(scale) * largest(q.double().abs() @ K.abs().mT)
+    terms = (largest(v), scores, dS * largest(k), dS * largest(q), largest(grad))  # what the sums add up
+    delta = abs(scale) * largest((grad.double() * wanted[0]).abs().sum(-1))
+    rounded = (0.0, 0.0, delta * largest(k), delta * largest(q), 0.0)  # `out` is, for rowsum(dO * O)
+    names = ("out", "lse", "dq", "dk", "dv")
+    for name, g, w, t, term, r in zip(names, got, wanted, theirs, terms, rounded, strict=True):
+        assert g.shape == w.shape and torch.equal(g.isinf(), w.isinf()), name  # lse is -inf where nothing is seen
+        g, w, t = (x.double().masked_fill(x == -math.inf, 0.0) for x in (g, w, t))
+        error, eps = (g - w).abs().max().item(), EPS[torch.float32 if name == "lse" else q.dtype]
+        ulps = eps * (2 * largest(w) + r) + 4 * EPS[torch.float32] * term
+        assert error <= 2 * largest(t - w) + ulps, (
+            f"{name}: error {error:.2e}, PyTorch's {largest(t - w):.2e}, {ulps:.1e}"
+        )
+
+
+@st.composite
+def attention_cases(draw, dtypes=tuple(DTYPES), longest=150):
+    dtype, D = draw(st.sampled_from(dtypes)), draw(st.sampled_from([32, 64, 96, 128]))
+    B, Hkv, groups = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    lengths = st.integers(1, longest) | st.sampled_from([1, 16, 31, 32, 33, 63, 64, 65, 127, 128, 129])
+    Tq, Tk = draw(lengths), draw(lengths)
+    documents = None
+    if draw(st.booleans()):
+        Tk = Tq
+        inside = sorted(draw(st.lists(st.integers(0, B * Tq), max_size=5)))  # two at one place: an empty document
+        documents = torch.tensor([0, *inside, B * Tq], dtype=torch.int32)
+    gen = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def laid_out(H, T):
+        layout = draw(st.sampled_from(["B,H,T,D", "B,T,H,D", "from a wider one"]))
+        if layout == "B,H,T,D":
+            return torch.randn(B, H, T, D, generator=gen).to(dtype)
+        wide = torch.randn(B, T + 1, H, 3 * D, generator=gen).to(dtype)
+        wide = wide[:, :T, :, :D].contiguous() if layout == "B,T,H,D" else wide[:, 1:, :, D : 2 * D]
+        return wide.transpose(1, 2)
+
+    q, k, v, grad = (laid_out(*of) for of in ((Hkv * groups, Tq), (Hkv, Tk), (Hkv, Tk), (Hkv * groups, Tq)))
+    window = draw(st.just(0) | st.integers(1, 40))
+    return q, k, v, grad, draw(st.sampled_from([D**-0.5, 0.3, -0.1])), draw(st.booleans()), window, documents
+
+
+@pytest.fixture(scope="session")
+def attention_library(tmp_path_factory):
+    return library(tmp_path_factory.mktemp("attention") / "library", "attention")
+
+
+@needs_compiler
+@pytest.mark.parametrize("order", ORDERS)
+@given(case=attention_cases(), seed=st.integers(0, 2**31))
+def test_attention_on_the_cpu(attention_library, order, case, seed):
+    check_attention(case, attention_on_cpu(attention_library, case, order=order, seed=seed))
+
+
+def small_attention(dtype, Tq, Tk, D, *, B=1, H=1, Hkv=1, causal=False, window=0, documents=None):
+    gen = torch.Generator().manual_seed(Tq * 1000 + Tk)
+    shapes = (B, H, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, D), (B, H, Tq, D)
+    q, k, v, grad = (torch.randn(shape, generator=gen).to(dtype) for shape in shapes)
+    return q, k, v, grad, D**-0.5, causal, window, documents
+
+
+# Several tiles of queries and of keys, the last ones ragged. One block in the last case: ThreadSanitizer has no room.
+ATTENTION_SANITIZED = [
+    small_attention(torch.float16, 70, 150, 64),
+    small_attention(torch.float16, 40, 130, 32, H=2, causal=True),
+    small_attention(torch.float32, 70, 70, 32, window=20, documents=torch.tensor([0, 31, 70], dtype=torch.int32)),
+]
+# What these do not use takes a sanitizer's compiler long.
+FEWER = [
+    ("attention.cuh", "  if (a.dtype == Dtype::bf16) with_head_size<__nv_bfloat16>(a.D, f);\n", ""),
+    ("attention.cuh", "  if (D == 96) f(T(), std::integral_constant<int, 96>());\n", ""),
+    ("attention.cuh", "  if (D == 128) f(T(), std::integral_constant<int, 128>());\n", ""),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["address", "thread"])
+def test_attention_under_sanitizers(tmp_path, mode):
+    call = program(tmp_path / "program", "attention", mode, changes=FEWER)
+    for case, order in zip(ATTENTION_SANITIZED, ORDERS, strict=True):
+        check_attention(case, attention_on_cpu(call, case, order=order))
+
+
 # ---------------------------------------------------------------------------------------------- the build
 
 
 # Registers a thread may have: with more, so few of them fit a processor that loads from memory are not hidden.
-REGISTERS = {"softmax": 64}
+REGISTERS = {
+    "softmax_kernel": 64,
+    "softmax_backward_kernel": 64,
+    "forward_kernel": 255,
+    "backward_kernel": 255,
+    "delta_kernel": 40,
+}
 REPORT = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>sm_\d+)'.*?(?P<spilled>\d+) bytes spill stores, "
     r"(?P<filled>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
@@ -256,7 +410,7 @@ def test_cross_build_links_and_loads(cross_build):
         x = torch.randn(3, 5)
         torch.testing.assert_close(torch.ops.minimal.softmax(x, None, 1.0, False), x.softmax(-1))
     """
-    ops = ["softmax", "softmax_backward"]
+    ops = ["softmax", "softmax_backward", "attention", "attention_backward"]
     command = [sys.executable, "-c", "\n".join(line.strip() for line in program.splitlines()), *ops]
     done = subprocess.run(
         command, cwd=cross_build[0], env={**os.environ, "PYTHONPATH": "."}, capture_output=True, text=True
@@ -269,7 +423,7 @@ def test_kernels_keep_to_their_registers(cross_build):
     found = list(REPORT.finditer(cross_build[1]))
     assert {m["arch"] for m in found} >= {"sm_80", "sm_90"}
     for m in found:
-        (budget,) = [n for name, n in REGISTERS.items() if name in m["kernel"]]
+        (budget,) = [n for name, n in REGISTERS.items() if re.search(rf"\d{name}", m["kernel"])]
         at = f"{m['kernel']} for {m['arch']}"
         assert (m["spilled"], m["filled"]) == ("0", "0"), f"{at}: registers spill to memory"
         assert int(m["registers"]) <= budget, f"{at}: {m['registers']} registers, wanted at most {budget}"
