@@ -28,7 +28,7 @@ SANITIZE = {
     "thread": ["-O1", "-g1", "-fsanitize=thread"],
 }
 # Vectors of the CUDA types are aligned as on the GPU; pragmas that g++ does not know are for nvcc.
-FLAGS = ["-std=c++20", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DMINIMAL_CUDA_ON_CPU", "-rdynamic"]
+FLAGS = ["-std=c++20", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DMINIMAL_CUDA_ON_CPU"]
 
 
 def compiler() -> str | None:
@@ -46,24 +46,16 @@ def changed(text: str, old: str, new: str) -> str:
 
 
 def build(folder, kernel: str, mode: str, extra, changes) -> pathlib.Path:
-    folder = pathlib.Path(folder)
-    shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=lambda _, names: [n for n in names if n[-4:] != ".cuh"])
+    folder, cuda = pathlib.Path(folder), ROOT / "tests" / "cuda"
+    shutil.copytree(ROOT / "csrc", folder, ignore=lambda _, names: [n for n in names if not n.endswith(".cuh")])
     for file, old, new in changes:
-        path = folder / "csrc" / file
-        path.write_text(changed(path.read_text(), old, new))
-    sources = [ROOT / "tests" / "cuda" / f"{kernel}_on_cpu.cpp"]
+        (folder / file).write_text(changed((folder / file).read_text(), old, new))
     warnings = [] if changes else ["-Wall", "-Wextra"]
-    command = [
-        compiler(),
-        *FLAGS,
-        *warnings,
-        *SANITIZE[mode],
-        f"-I{folder / 'csrc'}",
-        f"-I{ROOT / 'tests' / 'cuda'}",
-        *extra,
-    ]
+    command = [compiler(), *FLAGS, *SANITIZE[mode], *warnings, f"-I{folder}", f"-I{cuda}", *extra]
     result = folder / kernel
-    done = subprocess.run([*command, *sources, "-ldl", "-o", result], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, cuda / f"{kernel}_on_cpu.cpp", "-ldl", "-o", result], capture_output=True, text=True
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     return result
 
@@ -91,7 +83,7 @@ def memory(t):
 
 
 def program(folder, kernel: str, mode: str, *, changes=(), extra=()):
-    path = build(folder, kernel, mode, [str(ROOT / "tests" / "cuda" / "program.cpp"), *extra], changes)
+    path = build(folder, kernel, mode, ["-DMINIMAL_PROGRAM", "-rdynamic", *extra], changes)
     options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
 
     def call(entry, n, f, tensors, order="first in", seed=0):

@@ -140,14 +140,15 @@ def test_softmax_of_extreme_scores(softmax_library):
     assert on_cpu(softmax_library, x, 1.0, False, None, x)[0].isnan().all()  # as torch.softmax has it
 
 
-# Few threads, as ThreadSanitizer has room for 8000 a launch. Rows that a warp takes, and rows that a block takes.
+# Rows that a warp takes, and rows that a block takes; few threads, as ThreadSanitizer is slow and has room for 8000.
+SMALLER = [("softmax.cuh", "constexpr int THREADS = 256;", "constexpr int THREADS = 64;")]
 SANITIZED = [simple(2, 1, 9, 40), simple(1, 2, 2, 1027), simple(1, 1, 2, 1100, causal=True)]
 
 
 @needs_compiler
 @pytest.mark.parametrize("mode", ["address", "thread"])
 def test_softmax_under_sanitizers(tmp_path, mode):
-    call = program(tmp_path / "program", "softmax", mode, extra=["-DONLY_FLOAT32"])
+    call = program(tmp_path / "program", "softmax", mode, changes=SMALLER, extra=["-DONLY_FLOAT32"])
     for case, order in zip(SANITIZED, ORDERS, strict=True):
         check_softmax(case, on_cpu(call, *case, order=order))
 
@@ -203,19 +204,31 @@ SOFTMAX_BUGS = {
 }
 
 
-@needs_compiler
-@pytest.mark.parametrize("bug", SOFTMAX_BUGS)
-def test_softmax_with_a_bug_is_caught(tmp_path, bug):
-    old, new, catchers = SOFTMAX_BUGS[bug]
+def check_caught(build, catchers, run):
+    """Each catcher notices: an order of the threads, or a sanitizer with the first of them."""
     programs = {}
     for catcher, message in catchers.items():
         mode, order = ("plain", catcher) if catcher in ORDERS else (catcher, "first in")
         if mode not in programs:
-            change = ("softmax.cuh", old, new)
-            programs[mode] = program(tmp_path / mode, "softmax", mode, changes=[change], extra=["-DONLY_FLOAT32"])
+            programs[mode] = build(mode)
         with pytest.raises((Fault, AssertionError), match=message):
-            for case in SANITIZED:
-                check_softmax(case, on_cpu(programs[mode], *case, order=order))
+            run(programs[mode], order)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bug", SOFTMAX_BUGS)
+def test_softmax_with_a_bug_is_caught(tmp_path, bug):
+    old, new, catchers = SOFTMAX_BUGS[bug]
+    changes = [*SMALLER, ("softmax.cuh", old, new)]
+
+    def build(mode):
+        return program(tmp_path / mode, "softmax", mode, changes=changes, extra=["-DONLY_FLOAT32"])
+
+    def run(call, order):
+        for case in SANITIZED:
+            check_softmax(case, on_cpu(call, *case, order=order))
+
+    check_caught(build, catchers, run)
 
 
 # ---------------------------------------------------------------------------------------------- attention
@@ -364,6 +377,86 @@ def test_attention_under_sanitizers(tmp_path, mode):
     call = program(tmp_path / "program", "attention", mode, changes=FEWER)
     for case, order in zip(ATTENTION_SANITIZED, ORDERS, strict=True):
         check_attention(case, attention_on_cpu(call, case, order=order))
+
+
+FEWEST = [
+    *FEWER,
+    ("attention.cuh", "  if (a.dtype == Dtype::f32) with_head_size<float>(a.D, f);\n", ""),
+    ("attention.cuh", "  if (D == 64) f(T(), std::integral_constant<int, 64>());\n", ""),
+]
+DIVERGED = "divergent|deadlock|a lane (that has returned|returns while others wait)"
+K_IS_HERE = "__syncthreads();  // K is here, and nobody is at the last V any more\n"
+V_IS_HERE = "__syncthreads();  // V is here, and nobody is at K any more\n"
+LOAD_V = "    load_rows<C, C::N>(V, v, a.v.token, tile * C::N, Tk);\n"
+ATTENTION_BUGS = {
+    "no barrier before K is read": (K_IS_HERE, "\n", {"last in": "error nan", "thread": "data race"}),
+    "no barrier before V is read": (V_IS_HERE, "\n", {"last in": "error nan", "thread": "data race"}),
+    "V is overwritten while others read it": (
+        f"{K_IS_HERE}{LOAD_V}",
+        f"{LOAD_V}{K_IS_HERE}",
+        {"last in": "error nan", "thread": "data race"},
+    ),
+    "V is not waited for": (f"wait_for_copies();\n    {V_IS_HERE}", V_IS_HERE, dict.fromkeys(ORDERS, "error nan")),
+    "rows of K and V past the last": (
+        "const bool there = from + row < end;",
+        "const bool there = true;",
+        {"address": "heap-buffer-overflow"},
+    ),
+    "rows of the output past the last": (
+        "min(16 * C::M, block.end - first));\n}\n\n// ---- which",
+        "16 * C::M);\n}\n\n// ---- which",
+        {"address": "heap-buffer-overflow"},
+    ),
+    "less shared memory than is used": (
+        "SHARED = C::OWN + 2 * C::OTHER;  // Q; K and V",
+        "SHARED = C::OWN + 2 * C::OTHER - 32;",
+        {"address": "heap-buffer-overflow"},
+    ),
+    "rows that do not start at a multiple of 16 bytes": (
+        "LD = D + 16 / int(sizeof(T));",
+        "LD = D + 8 / int(sizeof(T));",
+        dict.fromkeys(ORDERS, "not a multiple of 16"),
+    ),
+    "a shuffle that some lanes skip": (
+        "quad_max(most) * LOG2_E",
+        "(t ? quad_max(most) : most) * LOG2_E",
+        dict.fromkeys(ORDERS, DIVERGED),
+    ),
+    "a warp reads what its lanes write, without waiting": (
+        "__syncwarp();\n  for (int p = lane",
+        "\n  for (int p = lane",
+        {"thread": "data race"},
+    ),
+    "all heads write one lse": (
+        "a.lse[(block.b * a.H + block.h) * a.Tq + q] =",
+        "a.lse[block.b * a.H * a.Tq + q] =",
+        {"first in": "lse", "thread": "data race"},
+    ),
+}
+BACKWARD_BUGS = {
+    "no barrier in backward": (
+        "__syncthreads();  // this tile is here, and nobody is at the one before any more",
+        "",
+        {"last in": "error nan", "thread": "data race"},
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("bug", [*ATTENTION_BUGS, *BACKWARD_BUGS])
+def test_attention_with_a_bug_is_caught(tmp_path, bug):
+    file = "attention.cuh" if bug in ATTENTION_BUGS else "attention_backward.cuh"
+    old, new, catchers = {**ATTENTION_BUGS, **BACKWARD_BUGS}[bug]
+
+    def run(call, order):
+        for case in (
+            small_attention(torch.float16, 70, 150, 32, H=2, Hkv=2),
+            small_attention(torch.float16, 40, 130, 32, causal=True),
+        ):
+            check_attention(case, attention_on_cpu(call, case, order=order))
+
+    changes = [*FEWEST, (file, old, new)]
+    check_caught(lambda mode: program(tmp_path / mode, "attention", mode, changes=changes), catchers, run)
 
 
 # ---------------------------------------------------------------------------------------------- the build

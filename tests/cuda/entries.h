@@ -3,6 +3,9 @@
 // order of its own, and returns nullptr or what went wrong. So one caller, in Python or in program.cpp, serves them all.
 #pragma once
 #include "cuda_on_cpu.h"
+#ifdef MINIMAL_PROGRAM
+#include "program.h"
+#endif
 
 #define ENTRY(name) extern "C" const char* name(const int64_t* n, const double* f, void* const* p)
 
