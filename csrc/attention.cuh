@@ -39,10 +39,11 @@
 #ifdef MINIMAL_CUDA_ON_CPU
 #define __grid_constant__
 #define UNROLL
-#define UNROLL_2
+#define UNROLL_BY(n)
 #else
-#define UNROLL _Pragma("unroll")
-#define UNROLL_2 _Pragma("unroll 2")
+#define MINIMAL_PRAGMA(text) _Pragma(#text)
+#define UNROLL MINIMAL_PRAGMA(unroll)
+#define UNROLL_BY(n) MINIMAL_PRAGMA(unroll n)
 #endif
 
 namespace minimal::cuda {
@@ -94,14 +95,15 @@ struct Tiles {
   // Elements from one row to the next in shared memory: 16 bytes more than needed, or the eight rows that are read
   // together would lie in the same banks.
   static constexpr int LD = D + 16 / int(sizeof(T));
-  static constexpr int OWN = ROWS * LD * int(sizeof(T)), OTHER = N * LD * int(sizeof(T));  // bytes
+  static constexpr int OWN = ROWS * LD * int(sizeof(T)), OTHER = N * LD * int(sizeof(T)), RANGES = 8 * ROWS;  // bytes
+  static constexpr int AHEAD = D / 16;  // steps of a product along D that are unrolled, to load ahead
 };
 constexpr int MOST_SHARED = 99 * 1024;  // bytes a block may have on 8.6 and 8.9, the least of the devices served
 
 template <class T, int D>
-struct Forward : Tiles<T, D, D <= 64 ? 2 : 1, 4, sizeof(T) == 4 ? 32 : 64> {
+struct Forward : Tiles<T, D, sizeof(T) == 2 || D <= 64 ? 2 : 1, 4, sizeof(T) == 4 || D >= 96 ? 32 : 64> {
   using C = Forward;
-  static constexpr int SHARED = C::OWN + 2 * C::OTHER;  // Q; K and V
+  static constexpr int SHARED = C::OWN + 2 * C::OTHER + C::RANGES;  // Q; K and V
   static_assert(SHARED <= MOST_SHARED);
 };
 
@@ -243,11 +245,15 @@ __device__ __forceinline__ T* head_of(const Strided& x, int b, int h) {
 // lay there, a NaN perhaps, would be multiplied by a P of 0.
 template <class C, int ROWS, class T = typename C::T>
 __device__ __forceinline__ void load_rows(T* to, const T* x, int64_t stride, int from, int end) {
-  constexpr int E = 16 / sizeof(T), PIECES = C::D / E;  // of 16 bytes
-  UNROLL for (int p = int(threadIdx.x); p < ROWS * PIECES; p += C::THREADS) {
-    const int row = p / PIECES, d = p % PIECES * E;
-    const bool there = from + row < end;
-    copy_async<16>(to + row * C::LD + d, x + (there ? from + row : 0) * stride + d, there);
+  constexpr int E = 16 / sizeof(T), PIECES = C::D / E;  // of 16 bytes, in a row
+  constexpr int STEP = C::THREADS / PIECES;             // rows that the block copies at once
+  const int first = int(threadIdx.x) / PIECES, d = int(threadIdx.x) % PIECES * E;
+  if (first >= STEP) return;
+  x += (from + first) * stride + d;
+  to += first * C::LD + d;
+  UNROLL for (int i = 0; i < ROWS; i += STEP) {
+    if (ROWS % STEP == 0 || first + i < ROWS) copy_async<16>(to + i * C::LD, x, from + first + i < end);
+    x += STEP * stride;
   }
 }
 
@@ -280,7 +286,7 @@ __device__ __forceinline__ void multiply_rows(float (&c)[C::M][C::N / 8][4], con
     // A row of Y is a column of Y', two neighbours of which a lane wants: so neither is transposed on the way.
     X += lane % 16 * C::LD + lane / 16 * 8;
     Y += (lane / 16 * 8 + lane % 8) * C::LD + lane / 8 % 2 * 8;
-    UNROLL for (int d = 0; d < C::D; d += 16) {
+    UNROLL_BY(C::AHEAD) for (int d = 0; d < C::D; d += 16) {
       uint32_t x[C::M][4], y[4];
       UNROLL for (int m = 0; m < C::M; m++) load_matrices<false>(x[m], X + 16 * m * C::LD + d);
       UNROLL for (int n = 0; n < C::N / 8; n += 2) {
@@ -294,7 +300,7 @@ __device__ __forceinline__ void multiply_rows(float (&c)[C::M][C::N / 8][4], con
   } else {
     X += g * C::LD;
     Y += 2 * t * C::LD;
-    UNROLL_2 for (int d = 0; d < C::D; d += 4) {
+    UNROLL_BY(2) for (int d = 0; d < C::D; d += 4) {
       float4 x[C::M][2];
       UNROLL for (int m = 0; m < C::M; m++)
         UNROLL for (int i = 0; i < 2; i++) x[m][i] = get4(X + (16 * m + 8 * i) * C::LD + d);
@@ -408,22 +414,23 @@ struct Block {
     last = max(first, (bottom.hi + C::N - 1) / C::N);
   }
   __device__ bool is_edge(int tile) const { return tile * C::N < by_all.lo || tile * C::N + C::N > by_all.hi; }
-  // What the rows see of which this lane holds columns. Rows past the end, which nobody will store, see as the last.
-  __device__ void rows(const AttentionArgs& a, Range (&row)[C::M][2]) const {
-    const int mine = from + int(threadIdx.x) / 32 * 16 * C::M + lane_of() / 4;
-    UNROLL for (int m = 0; m < C::M; m++)
-      UNROLL for (int i = 0; i < 2; i++) row[m][i] = seen<of_keys>(a, b, min(mine + 16 * m + 8 * i, end - 1));
+  // What each own row sees, into shared memory. Rows past the end, which nobody will store, see as the last.
+  __device__ void find_ranges(const AttentionArgs& a, Range* range) const {
+    for (int i = int(threadIdx.x); i < C::ROWS; i += C::THREADS) range[i] = seen<of_keys>(a, b, min(from + i, end - 1));
   }
 };
 
-// Sets the elements of c that the rows do not see; column 0 of c is row `from` of the other side.
+// Sets the elements of a warp's c that its rows do not see; column 0 of c is row `from` of the other side.
 template <class C>
-__device__ __forceinline__ void hide(float (&c)[C::M][C::N / 8][4], const Range (&row)[C::M][2], int from, float to) {
-  from += lane_of() % 4 * 2;
+__device__ __forceinline__ void hide(float (&c)[C::M][C::N / 8][4], const Range* range, int from, float to) {
+  const int g = lane_of() / 4, t = lane_of() % 4;
   UNROLL for (int m = 0; m < C::M; m++)
-    UNROLL for (int n = 0; n < C::N / 8; n++)
-      UNROLL for (int e = 0; e < 4; e++)
-        if (!row[m][e / 2].has(from + 8 * n + e % 2)) c[m][n][e] = to;
+    UNROLL for (int i = 0; i < 2; i++) {
+      const Range seen = range[16 * m + 8 * i + g];
+      UNROLL for (int n = 0; n < C::N / 8; n++)
+        UNROLL for (int j = 0; j < 2; j++)
+          if (!seen.has(from + 8 * n + 2 * t + j)) c[m][n][2 * i + j] = to;
+    }
 }
 
 constexpr float LOG2_E = 1.44269504f;
@@ -431,20 +438,20 @@ constexpr float LOG2_E = 1.44269504f;
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class T, int D>
-__global__ void __launch_bounds__(Forward<T, D>::THREADS) forward_kernel(const __grid_constant__ AttentionArgs a) {
+__global__ void __launch_bounds__(Forward<T, D>::THREADS, 1) forward_kernel(const __grid_constant__ AttentionArgs a) {
   using C = Forward<T, D>;
   MINIMAL_DYN_SHARED(char, memory);
   T* const Q = reinterpret_cast<T*>(memory);
   T *const K = Q + C::ROWS * C::LD, *const V = K + C::N * C::LD;
+  Range* const range = reinterpret_cast<Range*>(V + C::N * C::LD);
 
   const Block<C, false> block(a);
   const int lane = lane_of(), g = lane / 4, t = lane % 4;
   const int mine = int(threadIdx.x) / 32 * 16 * C::M;  // the warp's first row
   const int kv = block.h / int(a.H / a.Hkv), Tk = int(a.Tk);
   const T *const k = head_of<T>(a.k, block.b, kv), *const v = head_of<T>(a.v, block.b, kv);
-  Range row[C::M][2];
-  block.rows(a, row);
 
+  block.find_ranges(a, range);
   load_rows<C, C::ROWS>(Q, head_of<T>(a.q, block.b, block.h), a.q.token, block.from, block.end);
   if (block.first < block.last) load_rows<C, C::N>(K, k, a.k.token, block.first * C::N, Tk);
 
@@ -462,27 +469,30 @@ __global__ void __launch_bounds__(Forward<T, D>::THREADS) forward_kernel(const _
     UNROLL for (int m = 0; m < C::M; m++)
       UNROLL for (int n = 0; n < C::N / 8; n++)
         UNROLL for (int e = 0; e < 4; e++) s[m][n][e] *= a.scale;
-    if (block.is_edge(tile)) hide<C>(s, row, tile * C::N, -INF);
+    if (block.is_edge(tile)) hide<C>(s, range + mine, tile * C::N, -INF);
+    float shrink[C::M][2];
+    bool higher = false;
     UNROLL for (int m = 0; m < C::M; m++)
       UNROLL for (int i = 0; i < 2; i++) {
         float most = -INF;
         UNROLL for (int n = 0; n < C::N / 8; n++) most = fmaxf(most, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
         const float next = fmaxf(base[m][i], quad_max(most) * LOG2_E);
         const float shift = next == -INF ? 0 : next;  // nothing seen yet: -inf - -inf would be NaN
-        const float shrink = exp2_of(base[m][i] - shift);
+        shrink[m][i] = exp2_of(base[m][i] - shift);
+        higher |= shrink[m][i] != 1;
         base[m][i] = next;
-        l[m][i] *= shrink;  // of this lane's columns; summed over the four lanes in the end
+        l[m][i] *= shrink[m][i];  // of this lane's columns; summed over the four lanes in the end
         UNROLL for (int n = 0; n < C::N / 8; n++)
           UNROLL for (int j = 0; j < 2; j++) {
             float& x = s[m][n][2 * i + j];
             x = exp2_of(fmaf(x, LOG2_E, -shift));
             l[m][i] += x;
           }
-        UNROLL for (int n = 0; n < D / 8; n++) {
-          o[m][n][2 * i] *= shrink;
-          o[m][n][2 * i + 1] *= shrink;
-        }
       }
+    if (higher)  // seldom, after the first tiles
+      UNROLL for (int m = 0; m < C::M; m++)
+        UNROLL for (int n = 0; n < D / 8; n++)
+          UNROLL for (int e = 0; e < 4; e++) o[m][n][e] *= shrink[m][e / 2];
 
     wait_for_copies();
     __syncthreads();  // V is here, and nobody is at K any more

@@ -6,9 +6,12 @@
 namespace minimal::cuda {
 
 template <class T, int D>
-struct Backward : Tiles<T, D, 1, sizeof(T) == 4 && D == 128 ? 2 : 4, (D <= 64 ? 64 : 32) / (sizeof(T) == 4 ? 2 : 1)> {
+struct Backward : Tiles<T, D, sizeof(T) == 2 && D <= 64 ? 2 : 1, sizeof(T) == 4 && D == 128 ? 2 : 4,
+                        sizeof(T) == 4 && D >= 96 ? 16 : 32> {
   using C = Backward;
-  static constexpr int SHARED = 2 * C::OWN + 2 * (2 * C::OTHER + 8 * C::N);  // X1, X2; twice: Y1, Y2, lse and Delta
+  static constexpr int AHEAD = sizeof(T) == 2 && D == 64 ? 1 : D / 16;  // or there were not enough registers
+  // X1, X2; twice: Y1, Y2, lse and Delta
+  static constexpr int SHARED = 2 * C::OWN + 2 * (2 * C::OTHER + 8 * C::N) + C::RANGES;
   static_assert(SHARED <= MOST_SHARED);
 };
 
@@ -40,19 +43,19 @@ __global__ void __launch_bounds__(DELTA_THREADS) delta_kernel(const __grid_const
 // of_keys: dK and dV of a tile of keys, summed over the queries of all heads that use it; else dQ of a tile of queries.
 //     X1 = K, X2 = V, Y1 = Q, Y2 = dO                                 X1 = Q, X2 = dO, Y1 = K, Y2 = V
 template <class T, int D, bool of_keys>
-__global__ void __launch_bounds__(Backward<T, D>::THREADS) backward_kernel(const __grid_constant__ AttentionArgs a) {
+__global__ void __launch_bounds__(Backward<T, D>::THREADS, 1) backward_kernel(const __grid_constant__ AttentionArgs a) {
   using C = Backward<T, D>;
   MINIMAL_DYN_SHARED(char, memory);
   T* const X1 = reinterpret_cast<T*>(memory);
   T *const X2 = X1 + C::ROWS * C::LD, *const Y = X2 + C::ROWS * C::LD;  // Y1 and Y2 of an even tile, then of an odd one
   float2* const of_query = reinterpret_cast<float2*>(Y + 4 * C::N * C::LD);
+  Range* const range = reinterpret_cast<Range*>(of_query + 2 * C::N);
 
   const Block<C, of_keys> block(a);
   const int lane = lane_of(), g = lane / 4, t = lane % 4, mine = int(threadIdx.x) / 32 * 16 * C::M;
   const int group = int(a.H / a.Hkv), tiles = block.last - block.first, total = of_keys ? tiles * group : tiles;
   const int T_other = int(of_keys ? a.Tq : a.Tk);
-  Range row[C::M][2];
-  block.rows(a, row);
+  block.find_ranges(a, range);
 
   const auto scratch = [&](int h) { return reinterpret_cast<const float2*>(a.scratch) + (block.b * a.H + h) * a.Tq; };
   const auto load_tile = [&](int n) {
@@ -66,6 +69,12 @@ __global__ void __launch_bounds__(Backward<T, D>::THREADS) backward_kernel(const
       const int i = from + int(threadIdx.x);
       copy_async<8>(of_query + n % 2 * C::N + threadIdx.x, scratch(h) + (i < T_other ? i : 0), i < T_other);
     }
+  };
+
+  // lse and Delta of columns 8 c + 2 t and 8 c + 2 t + 1 of tile n, when they are queries
+  const auto of_columns = [&](int n, int c) {
+    const float2* const at = of_query + n % 2 * C::N + 8 * c + 2 * t;
+    return of_keys ? get4(reinterpret_cast<const float*>(at)) : make_float4(0, 0, 0, 0);
   };
 
   const Strided &x1 = of_keys ? a.k : a.q, &x2 = of_keys ? a.v : a.dout;
@@ -87,28 +96,34 @@ __global__ void __launch_bounds__(Backward<T, D>::THREADS) backward_kernel(const
     const T *const Y1 = Y + n % 2 * 2 * C::N * C::LD, *const Y2 = Y1 + C::N * C::LD;
     const int tile = block.first + n % tiles;
 
+    const bool edge = block.is_edge(tile);
+
     float p[C::M][C::N / 8][4], ds[C::M][C::N / 8][4];
-    multiply_rows<C>(p, X1 + mine * C::LD, Y1);   // S
-    multiply_rows<C>(ds, X2 + mine * C::LD, Y2);  // dP
+    multiply_rows<C>(p, X1 + mine * C::LD, Y1);
     UNROLL for (int c = 0; c < C::N / 8; c++) {
-      const float* const pair = reinterpret_cast<const float*>(of_query + n % 2 * C::N + 8 * c + 2 * t);
-      const float4 both = of_keys ? get4(pair) : make_float4(0, 0, 0, 0);  // of columns 2 t and 2 t + 1
+      const float4 pair = of_columns(n, c);
       UNROLL for (int m = 0; m < C::M; m++)
         UNROLL for (int e = 0; e < 4; e++) {
-          const float lse = !of_keys ? of_row[m][e / 2].x : e % 2 ? both.z : both.x;
-          const float Delta = !of_keys ? of_row[m][e / 2].y : e % 2 ? both.w : both.y;
-          // P = exp(S - lse), dS = P (dP - Delta). S is rounded, which a fused multiply-add would not do, as lse was
-          // made of such: a query with a single key then has P = 1.
+          const float lse = !of_keys ? of_row[m][e / 2].x : e % 2 ? pair.z : pair.x;
+          // P = exp(S - lse). S is rounded, which a fused multiply-add would not do, as lse was made of such: a query
+          // with a single key then has P = 1.
           p[m][c][e] = exp2_of((__fmul_rn(p[m][c][e], a.scale) - lse) * LOG2_E);
+        }
+    }
+    if (edge) hide<C>(p, range + mine, tile * C::N, 0);
+    if constexpr (of_keys) multiply_add<C>(d2, p, Y2);  // dV += P' dO
+
+    multiply_rows<C>(ds, X2 + mine * C::LD, Y2);  // dP
+    UNROLL for (int c = 0; c < C::N / 8; c++) {
+      const float4 pair = of_columns(n, c);
+      UNROLL for (int m = 0; m < C::M; m++)
+        UNROLL for (int e = 0; e < 4; e++) {
+          const float Delta = !of_keys ? of_row[m][e / 2].y : e % 2 ? pair.w : pair.y;
           ds[m][c][e] = p[m][c][e] * (ds[m][c][e] - Delta);
         }
     }
-    if (block.is_edge(tile)) {
-      hide<C>(p, row, tile * C::N, 0);
-      hide<C>(ds, row, tile * C::N, 0);
-    }
-    if constexpr (of_keys) multiply_add<C>(d2, p, Y2);  // dV += P' dO
-    multiply_add<C>(d1, ds, Y1);                        // dK += dS' Q, dQ += dS K
+    if (edge) hide<C>(ds, range + mine, tile * C::N, 0);  // P = 0 times an infinity would be NaN
+    multiply_add<C>(d1, ds, Y1);                          // dK += dS' Q, dQ += dS K
   }
   wait_for_copies();
   __syncthreads();
