@@ -103,8 +103,8 @@ constexpr int MOST_SHARED = 99 * 1024;  // bytes a block may have on 8.6 and 8.9
 template <class T, int D>
 struct Forward : Tiles<T, D, sizeof(T) == 2 || D <= 64 ? 2 : 1, 4, sizeof(T) == 4 || D >= 96 ? 32 : 64> {
   using C = Forward;
-  static constexpr int SHARED = C::OWN + 2 * C::OTHER + C::RANGES;  // Q; K and V
-  static_assert(SHARED <= MOST_SHARED);
+  static constexpr int SHARED = C::OWN + 2 * C::OTHER;  // Q; K and V
+  static_assert(SHARED + C::RANGES <= MOST_SHARED);
 };
 
 // ---- instructions ---------------------------------------------------------------------------------------------------
@@ -249,11 +249,11 @@ __device__ __forceinline__ void load_rows(T* to, const T* x, int64_t stride, int
   constexpr int STEP = C::THREADS / PIECES;             // rows that the block copies at once
   const int first = int(threadIdx.x) / PIECES, d = int(threadIdx.x) % PIECES * E;
   if (first >= STEP) return;
-  x += (from + first) * stride + d;
-  to += first * C::LD + d;
+  x += from * stride + d;
   UNROLL for (int i = 0; i < ROWS; i += STEP) {
-    if (ROWS % STEP == 0 || first + i < ROWS) copy_async<16>(to + i * C::LD, x, from + first + i < end);
-    x += STEP * stride;
+    const int row = first + i;
+    const bool there = from + row < end;
+    if (row < ROWS) copy_async<16>(to + row * C::LD + d, x + row * stride, there);
   }
 }
 
@@ -414,7 +414,7 @@ struct Block {
     last = max(first, (bottom.hi + C::N - 1) / C::N);
   }
   __device__ bool is_edge(int tile) const { return tile * C::N < by_all.lo || tile * C::N + C::N > by_all.hi; }
-  // What each own row sees, into shared memory. Rows past the end, which nobody will store, see as the last.
+  // Into shared memory, before a barrier. Rows past the end, which nobody will store, see as the last.
   __device__ void find_ranges(const AttentionArgs& a, Range* range) const {
     for (int i = int(threadIdx.x); i < C::ROWS; i += C::THREADS) range[i] = seen<of_keys>(a, b, min(from + i, end - 1));
   }
@@ -443,7 +443,7 @@ __global__ void __launch_bounds__(Forward<T, D>::THREADS, 1) forward_kernel(cons
   MINIMAL_DYN_SHARED(char, memory);
   T* const Q = reinterpret_cast<T*>(memory);
   T *const K = Q + C::ROWS * C::LD, *const V = K + C::N * C::LD;
-  Range* const range = reinterpret_cast<Range*>(V + C::N * C::LD);
+  MINIMAL_SHARED(Range, range, C::ROWS);  // what each own row sees
 
   const Block<C, false> block(a);
   const int lane = lane_of(), g = lane / 4, t = lane % 4;

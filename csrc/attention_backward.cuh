@@ -11,8 +11,8 @@ struct Backward : Tiles<T, D, sizeof(T) == 2 && D <= 64 ? 2 : 1, sizeof(T) == 4 
   using C = Backward;
   static constexpr int AHEAD = sizeof(T) == 2 && D == 64 ? 1 : D / 16;  // or there were not enough registers
   // X1, X2; twice: Y1, Y2, lse and Delta
-  static constexpr int SHARED = 2 * C::OWN + 2 * (2 * C::OTHER + 8 * C::N) + C::RANGES;
-  static_assert(SHARED <= MOST_SHARED);
+  static constexpr int SHARED = 2 * C::OWN + 2 * (2 * C::OTHER + 8 * C::N);
+  static_assert(SHARED + C::RANGES <= MOST_SHARED);
 };
 
 // For each query what P and dS are computed with: lse, but +inf where nothing is seen (then P = exp(-inf) = 0), and
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(Backward<T, D>::THREADS, 1) backward_kernel(co
   T* const X1 = reinterpret_cast<T*>(memory);
   T *const X2 = X1 + C::ROWS * C::LD, *const Y = X2 + C::ROWS * C::LD;  // Y1 and Y2 of an even tile, then of an odd one
   float2* const of_query = reinterpret_cast<float2*>(Y + 4 * C::N * C::LD);
-  Range* const range = reinterpret_cast<Range*>(of_query + 2 * C::N);
+  MINIMAL_SHARED(Range, range, C::ROWS);  // what each own row sees
 
   const Block<C, of_keys> block(a);
   const int lane = lane_of(), g = lane / 4, t = lane % 4, mine = int(threadIdx.x) / 32 * 16 * C::M;
