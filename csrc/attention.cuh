@@ -1,37 +1,40 @@
 // SPDX-License-Identifier: MIT
 // Attention for CUDA (compute capability 8.0 and above), forward and backward, without a Tq x Tk matrix in memory.
 //
-// A block of threads owns a tile of rows of one head, a warp 16 M of them. It passes over the tiles of the other side,
-// which are copied into shared memory one ahead, and keeps what it sums in registers:
+// A block of threads owns a tile of rows of one head. It passes over the tiles of the other side, which are copied into
+// shared memory while the one before is worked on, and keeps what it sums in registers. A warp owns 16 M of the rows,
+// and sees every row of the other side:
 //
-//                        other rows ->            forward    own: queries   other: keys
-//              D      +-------+-------+-----
-//   own    +-------+  |       |       |             S = Q K'     m, P = 2^(S - m), l     O = O 2^(m' - m) + P V
-//   rows   | warp 0|  |  S    |  S    |
-//    |     +-------+  |  then |       | ...       backward   own: queries   other: keys
-//    v     | warp 1|  |  P    |       |
-//          +-------+  +-------+-------+-----        S = Q K'   dP = dO V'   dS = P (dP - Delta)          dQ += dS K
-//          |  ...  |    ^ an edge of what is
-//          +-------+      visible passes here:    backward   own: keys   other: queries, of all heads of the group
-//              X          masked; whole tiles
-//                         beyond it: skipped        S' = K Q'  dP' = V dO'  dS' = P' (dP' - Delta)   dV += P' dO
-//                                                                                                    dK += dS' Q
-// (' is a transpose, m' the maximum before this tile.) The two backward kernels are one: both multiply two owned tiles
-// with two others, row by row. S comes out of the tensor cores in just the layout in which they want P as the left
-// operand of the next product, so P and dS never leave the registers.
+//                   other rows ->                        forward      own: queries, X = Q      other: keys, Y = K
+//                 +-------+-------+-------+--
+//                 |       |   Y   |       |  D               S = X Y'   (scaled; ' transposes)
+//            D    +-------+-------+-------+--                m_new = max(m, rowmax(S))
+//   own  +------+ +-------+-------+-------+--                P = exp(S - m_new)
+//   rows |warp 0| | skip  |   S   |   S   |                  l = l exp(m - m_new) + rowsum(P)
+//    |   +------+ |       | then  | then  |                  O = O exp(m - m_new) + P V
+//    v   |warp 1| |       |   P   |   P   |                  in the end: O / l, lse = m + log l
+//        +------+ |       | edge  | clear |
+//        | ...  | +-------+-------+-------+--            backward     in attention_backward.cuh, by the same tiles
+//        +------+
+//            X
 //
-// Seven products instead of the five that one kernel with atomic additions to dQ would need; but the sums have one
-// order, so the same input gives the same bits each time.
+// S leaves the tensor cores in just the layout in which they want P for the next product, so P stays in registers. With
+// g = lane / 4 and t = lane % 4, a lane holds of each 16 x 8 piece of a product the elements
 //
-// A query sees one interval of keys, whatever of causal, window and documents is asked for, and a key is seen by one
-// interval of queries; their ends never fall from one row to the next. That decides which tiles are looked at.
+//                         columns 2 t, 2 t + 1        as the left operand of the next product, two such pieces
+//               row g        c[0]  c[1]               side by side are 16 x 16: registers (c[0], c[1]), (c[2], c[3])
+//               row g + 8    c[2]  c[3]               of the first, then of the second, as pairs of 16-bit numbers
+//
+// A query sees one interval of keys, whatever causal, window and documents ask for, and a key is seen by one interval
+// of queries; their ends never fall from one row to the next. So the first and the last row of a block say which tiles
+// it skips, and which are clear: seen by all its rows, with nothing to mask. The others have an edge.
 //
 // Dao 2023 (FlashAttention-2, arXiv 2307.08691), Algorithms 1 and 2; the running maximum and sum: Milakov & Gimelshein
-// 2018 (arXiv 1805.02867). float16 and bfloat16 are multiplied by the tensor cores (mma.sync, summed in float32),
-// float32 by ordinary multiply-adds from the same tiles. No torch header: tests also compile this file for the CPU.
+// 2018 (arXiv 1805.02867). float16 and bfloat16 are multiplied by the tensor cores (mma.sync, summed in float32), and
+// float32 by ordinary multiply-adds from the same tiles in the same layout. Nothing of torch is seen here.
 //
-// Letters: B batch, H query heads, Hkv key and value heads, Tq queries, Tk keys, D head size (32, 64, 96 or 128, also
-// that of the values).
+// Letters: B batch, H query heads, Hkv key and value heads (query head h uses h / (H / Hkv)), Tq queries, Tk keys,
+// D head size, of keys and of values: 32, 64, 96 or 128.
 #pragma once
 #include <type_traits>
 
@@ -40,7 +43,7 @@
 #define __grid_constant__
 #define UNROLL
 #define UNROLL_BY(n)
-#else
+#else  // arrays live in registers only where every index is known, so every loop over one is unrolled
 #define MINIMAL_PRAGMA(text) _Pragma(#text)
 #define UNROLL MINIMAL_PRAGMA(unroll)
 #define UNROLL_BY(n) MINIMAL_PRAGMA(unroll n)
@@ -100,6 +103,9 @@ struct Tiles {
 };
 constexpr int MOST_SHARED = 99 * 1024;  // bytes a block may have on 8.6 and 8.9, the least of the devices served
 
+// The sizes: as large as the registers allow, since shared memory is read less often then. Two blocks of 128 threads
+// can share a processor as long as a thread has at most 255 registers (160 to 240 with nvcc 13.0 for 8.0 and 9.0).
+
 template <class T, int D>
 struct Forward : Tiles<T, D, sizeof(T) == 2 || D <= 64 ? 2 : 1, 4, sizeof(T) == 4 || D >= 96 ? 32 : 64> {
   using C = Forward;
@@ -110,10 +116,11 @@ struct Forward : Tiles<T, D, sizeof(T) == 2 || D <= 64 ? 2 : 1, 4, sizeof(T) == 
 // ---- instructions ---------------------------------------------------------------------------------------------------
 
 #ifndef MINIMAL_CUDA_ON_CPU
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ uint32_t in_shared(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ uint64_t in_global(const void* p) { return uint64_t(__cvta_generic_to_global(p)); }
 #endif
 
-// Starts to copy 8 or 16 bytes from global to shared memory, or zeros unless `there`.
+// Starts to copy 8 or 16 bytes from global to shared memory. Unless `there`, nothing is read, and zeros arrive.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
 #ifdef MINIMAL_CUDA_ON_CPU
@@ -121,10 +128,10 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
 #else
   if constexpr (BYTES == 16)  // .cg: past the first-level cache, since nobody else on this processor wants it
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+                 ::"r"(in_shared(to)), "l"(in_global(from)), "r"(there ? 16 : 0) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
-                 ::"r"(shared_address(to)), "l"(from), "r"(there ? 8 : 0) : "memory");
+                 ::"r"(in_shared(to)), "l"(in_global(from)), "r"(there ? 8 : 0) : "memory");
 #endif
 }
 
@@ -147,10 +154,10 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
 #else
   if constexpr (transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(in_shared(row)) : "memory");
   else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(in_shared(row)) : "memory");
 #endif
 }
 
@@ -173,7 +180,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
 #endif
 }
 
-// 2^x, with -inf -> 0. The instruction's relative error is about 2^-22.
+// 2^x, with 2^-inf = 0, to a relative error of about 2^-22.
 __device__ __forceinline__ float exp2_of(float x) {
 #ifdef MINIMAL_CUDA_ON_CPU
   return std::exp2(x);
@@ -362,7 +369,7 @@ __device__ __forceinline__ void multiply_add(float (&c)[C::M][C::D / 8][4], cons
 
 // ---- who sees whom --------------------------------------------------------------------------------------------------
 
-struct Range {
+struct alignas(8) Range {
   int lo, hi;
   __device__ bool has(int j) const { return lo <= j && j < hi; }
 };
@@ -478,14 +485,14 @@ __global__ void __launch_bounds__(Forward<T, D>::THREADS, 1) forward_kernel(cons
         UNROLL for (int n = 0; n < C::N / 8; n++) most = fmaxf(most, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
         const float next = fmaxf(base[m][i], quad_max(most) * LOG2_E);
         const float shift = next == -INF ? 0 : next;  // nothing seen yet: -inf - -inf would be NaN
-        shrink[m][i] = exp2_of(base[m][i] - shift);
+        shrink[m][i] = exp2_of(base[m][i] - shift);  // exp(m - m_new)
         higher |= shrink[m][i] != 1;
         base[m][i] = next;
         l[m][i] *= shrink[m][i];  // of this lane's columns; summed over the four lanes in the end
         UNROLL for (int n = 0; n < C::N / 8; n++)
           UNROLL for (int j = 0; j < 2; j++) {
             float& x = s[m][n][2 * i + j];
-            x = exp2_of(fmaf(x, LOG2_E, -shift));
+            x = exp2_of(fmaf(x, LOG2_E, -shift));  // P
             l[m][i] += x;
           }
       }

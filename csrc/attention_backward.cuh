@@ -1,5 +1,19 @@
 // SPDX-License-Identifier: MIT
-// The backward pass of attention.cuh.
+// The backward pass of attention.cuh, by tiles as there. One kernel, used twice, multiplies two tiles of own rows, X1
+// and X2, with two of the other side, Y1 and Y2:
+//
+//          own: queries, other: keys             own: keys, other: queries, those of all heads of the group in turn
+//          X1 = Q, X2 = dO, Y1 = K, Y2 = V       X1 = K, X2 = V, Y1 = Q, Y2 = dO
+//
+//          S = Q K'                              S' = K Q'                               X1 Y1'      (' transposes)
+//          P = exp(S - lse)                      P' = exp(S' - lse)
+//                                                dV += P' dO                             P Y2
+//          dP = dO V'                            dP' = V dO'                             X2 Y2'
+//          dS = P (dP - Delta)                   dS' = P' (dP' - Delta)                  Delta = rowsum(dO * O)
+//          dQ += dS K                            dK += dS' Q                             dS Y1
+//
+// (dQ and dK are scaled in the end.) These are seven products. Five would do if one kernel made all three gradients,
+// but it would have to add to dQ from many blocks, in an order that changes: here the same input gives the same bits.
 #pragma once
 #include "attention.cuh"
 
@@ -40,8 +54,7 @@ __global__ void __launch_bounds__(DELTA_THREADS) delta_kernel(const __grid_const
   }
 }
 
-// of_keys: dK and dV of a tile of keys, summed over the queries of all heads that use it; else dQ of a tile of queries.
-//     X1 = K, X2 = V, Y1 = Q, Y2 = dO                                 X1 = Q, X2 = dO, Y1 = K, Y2 = V
+// dK and dV of a tile of keys (of_keys) or dQ of a tile of queries.
 template <class T, int D, bool of_keys>
 __global__ void __launch_bounds__(Backward<T, D>::THREADS, 1) backward_kernel(const __grid_constant__ AttentionArgs a) {
   using C = Backward<T, D>;
