@@ -440,6 +440,12 @@ __device__ __forceinline__ void hide(float (&c)[C::M][C::N / 8][4], const Range*
     }
 }
 
+// Whether any of a warp's rows may see something of the tile: at an edge, and among short documents, many see nothing.
+template <class C>
+__device__ __forceinline__ bool warp_sees(const Range* range, int tile) {
+  return range[0].lo < (tile + 1) * C::N && tile * C::N < range[16 * C::M - 1].hi;
+}
+
 constexpr float LOG2_E = 1.44269504f;
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -472,39 +478,42 @@ __global__ void __launch_bounds__(Forward<T, D>::THREADS, 1) forward_kernel(cons
     load_rows<C, C::N>(V, v, a.v.token, tile * C::N, Tk);
 
     float s[C::M][C::N / 8][4];
-    multiply_rows<C>(s, Q + mine * C::LD, K);  // S = Q K'
-    UNROLL for (int m = 0; m < C::M; m++)
-      UNROLL for (int n = 0; n < C::N / 8; n++)
-        UNROLL for (int e = 0; e < 4; e++) s[m][n][e] *= a.scale;
-    if (block.is_edge(tile)) hide<C>(s, range + mine, tile * C::N, -INF);
-    float shrink[C::M][2];
-    bool higher = false;
-    UNROLL for (int m = 0; m < C::M; m++)
-      UNROLL for (int i = 0; i < 2; i++) {
-        float most = -INF;
-        UNROLL for (int n = 0; n < C::N / 8; n++) most = fmaxf(most, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
-        const float next = fmaxf(base[m][i], quad_max(most) * LOG2_E);
-        const float shift = next == -INF ? 0 : next;  // nothing seen yet: -inf - -inf would be NaN
-        shrink[m][i] = exp2_of(base[m][i] - shift);  // exp(m - m_new)
-        higher |= shrink[m][i] != 1;
-        base[m][i] = next;
-        l[m][i] *= shrink[m][i];  // of this lane's columns; summed over the four lanes in the end
-        UNROLL for (int n = 0; n < C::N / 8; n++)
-          UNROLL for (int j = 0; j < 2; j++) {
-            float& x = s[m][n][2 * i + j];
-            x = exp2_of(fmaf(x, LOG2_E, -shift));  // P
-            l[m][i] += x;
-          }
-      }
-    if (higher)  // seldom, after the first tiles
+    const bool looks = warp_sees<C>(range + mine, tile);
+    if (looks) {
+      multiply_rows<C>(s, Q + mine * C::LD, K);  // S = Q K'
       UNROLL for (int m = 0; m < C::M; m++)
-        UNROLL for (int n = 0; n < D / 8; n++)
-          UNROLL for (int e = 0; e < 4; e++) o[m][n][e] *= shrink[m][e / 2];
+        UNROLL for (int n = 0; n < C::N / 8; n++)
+          UNROLL for (int e = 0; e < 4; e++) s[m][n][e] *= a.scale;
+      if (block.is_edge(tile)) hide<C>(s, range + mine, tile * C::N, -INF);
+      float shrink[C::M][2];
+      bool higher = false;
+      UNROLL for (int m = 0; m < C::M; m++)
+        UNROLL for (int i = 0; i < 2; i++) {
+          float most = -INF;
+          UNROLL for (int n = 0; n < C::N / 8; n++) most = fmaxf(most, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
+          const float next = fmaxf(base[m][i], quad_max(most) * LOG2_E);
+          const float shift = next == -INF ? 0 : next;  // nothing seen yet: -inf - -inf would be NaN
+          shrink[m][i] = exp2_of(base[m][i] - shift);  // exp(m - m_new)
+          higher |= shrink[m][i] != 1;
+          base[m][i] = next;
+          l[m][i] *= shrink[m][i];  // of this lane's columns; summed over the four lanes in the end
+          UNROLL for (int n = 0; n < C::N / 8; n++)
+            UNROLL for (int j = 0; j < 2; j++) {
+              float& x = s[m][n][2 * i + j];
+              x = exp2_of(fmaf(x, LOG2_E, -shift));  // P
+              l[m][i] += x;
+            }
+        }
+      if (higher)  // seldom, after the first tiles
+        UNROLL for (int m = 0; m < C::M; m++)
+          UNROLL for (int n = 0; n < D / 8; n++)
+            UNROLL for (int e = 0; e < 4; e++) o[m][n][e] *= shrink[m][e / 2];
+    }
 
     wait_for_copies();
     __syncthreads();  // V is here, and nobody is at K any more
     if (tile + 1 < block.last) load_rows<C, C::N>(K, k, a.k.token, (tile + 1) * C::N, Tk);
-    multiply_add<C>(o, s, V);  // O += P V
+    if (looks) multiply_add<C>(o, s, V);  // O += P V
   }
   wait_for_copies();
   __syncthreads();  // where there was no tile, Q may still be on its way

@@ -109,6 +109,7 @@ __global__ void __launch_bounds__(Backward<T, D>::THREADS, 1) backward_kernel(co
     const T *const Y1 = Y + n % 2 * 2 * C::N * C::LD, *const Y2 = Y1 + C::N * C::LD;
     const int tile = block.first + n % tiles;
 
+    if (!warp_sees<C>(range + mine, tile)) continue;
     const bool edge = block.is_edge(tile);
 
     float p[C::M][C::N / 8][4], ds[C::M][C::N / 8][4];
