@@ -104,8 +104,7 @@ struct Tiles {
 constexpr int MOST_SHARED = 99 * 1024;  // bytes a block may have on 8.6 and 8.9, the least of the devices served
 
 // The sizes: as large as the registers allow, since shared memory is read less often then. Two blocks of 128 threads
-// can share a processor as long as a thread has at most 255 registers (160 to 240 with nvcc 13.0 for 8.0 and 9.0).
-
+// share a processor, as a thread has at most 255 registers (144 to 250 of them with nvcc 13.0, for 8.0 and for 9.0).
 template <class T, int D>
 struct Forward : Tiles<T, D, sizeof(T) == 2 || D <= 64 ? 2 : 1, 4, sizeof(T) == 4 || D >= 96 ? 32 : 64> {
   using C = Forward;
