@@ -9,6 +9,10 @@ pip hides what a successful build prints unless it is called with -v, and offers
 `python -m minimal.fused` says afterwards which path runs, and why.
 
     MINIMAL_BUILD_EXTENSION=0     do not try;  =1  fail when it cannot be built (for CI)
+    MINIMAL_CUDA=0     leave the CUDA kernels out;  =1  fail when they cannot be built. Otherwise they are built where
+                       torch has CUDA and nvcc is found
+    MINIMAL_CUDA=cross     build them although torch has no CUDA, with the nvcc of CUDA_HOME: that compiles, links and
+                           loads, which tests can use
     MINIMAL_SANITIZE=address,undefined     build with these sanitizers (see tests/sanitize.sh)
 """
 
@@ -22,6 +26,7 @@ from setuptools import setup
 
 SOURCES = ["csrc/ops.cpp", "csrc/softmax_cpu.cpp", "csrc/attention_cpu.cpp", "csrc/decode_cpu.cpp"]
 WANTED = os.environ.get("MINIMAL_BUILD_EXTENSION", "auto")  # 0, 1 or auto
+CUDA = os.environ.get("MINIMAL_CUDA", "auto")  # 0, 1, auto or cross
 
 
 def pure(reason):
@@ -33,11 +38,35 @@ def pure(reason):
     return {}
 
 
+def with_cuda(cpp_extension):
+    """Whether the CUDA kernels are built."""
+    import torch
+
+    if CUDA == "cross":
+        cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")  # torch has set it to None
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    elif CUDA == "0" or (CUDA == "auto" and torch.version.cuda is None):
+        return False
+    reason = None
+    if torch.version.cuda is None and CUDA != "cross":
+        reason = f"torch {torch.__version__} has no CUDA"
+    elif tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):  # the stream, through the stable ABI
+        reason = f"they need torch 2.13 or later, and this is {torch.__version__}"
+    elif not os.path.exists(os.path.join(cpp_extension.CUDA_HOME or "", "bin", "nvcc")):
+        reason = f"there is no bin/nvcc in CUDA_HOME={cpp_extension.CUDA_HOME}"
+    if reason and CUDA != "auto":
+        sys.exit(f"MINIMAL_CUDA={CUDA}, but the CUDA kernels cannot be built: {reason}")
+    if reason:
+        print(f"minimal: without the CUDA kernels: {reason}", file=sys.stderr)
+    return reason is None
+
+
 def extension():
     if WANTED == "0":
         return pure("MINIMAL_BUILD_EXTENSION=0")
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils import cpp_extension
+        from torch.utils.cpp_extension import BuildExtension
     except (ImportError, OSError) as error:  # OSError: a shared library of torch that does not load
         return pure(f"torch cannot be imported at build time ({error}); try pip install --no-build-isolation")
 
@@ -56,18 +85,27 @@ def extension():
                     raise FileNotFoundError(f"no C++ compiler ({compiler} is not on the PATH; CXX names another)")
                 super().run()
             except Exception as error:  # whatever went wrong, the Python files work without it
+                if CUDA == "auto" and "csrc/ops_cuda.cu" in module.sources:
+                    module.sources.remove("csrc/ops_cuda.cu")
+                    print(f"minimal: again, without the CUDA kernels: {' '.join(str(error).split())}", file=sys.stderr)
+                    return self.run()
                 pure(error)
                 self.extensions = []  # or installing would look for the file that was not made
 
+    cuda = with_cuda(cpp_extension)
+    Extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    needed = "0x020d000000000000" if cuda else "0x020a000000000000"  # torch 2.13, 2.10
     shown = " ".join(f for f in flags if not f.startswith("-ffile-prefix-map"))
-    module = CppExtension(
+    module = Extension(
         "minimal._C",
-        SOURCES,
-        depends=sorted(glob.glob("csrc/*.h")),  # also what puts the headers into a source distribution
-        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("MINIMAL_FLAGS", f'"{shown}"')],  # torch 2.10
-        extra_compile_args=flags,
+        SOURCES + (["csrc/ops_cuda.cu"] if cuda else []),
+        depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*.cu*")),  # which puts them into a source distribution
+        define_macros=[("TORCH_TARGET_VERSION", needed), ("MINIMAL_FLAGS", f'"{shown}"')],
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"]},
         extra_link_args=link,
     )
+    if CUDA == "cross":  # this torch has no such libraries; the stable ABI needs neither
+        module.libraries = [name for name in module.libraries if name not in ("c10_cuda", "torch_cuda")]
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
