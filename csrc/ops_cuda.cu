@@ -234,6 +234,12 @@ Strided rows(Tensor& t) {
   return {data, t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// A new tensor of x's sizes without gaps, its heads inside its tokens, (B, T, H, D) in memory, if x's are.
+Tensor laid_out_as(const Tensor& x) {
+  if (!(x.stride(1) > 0 && x.stride(1) < x.stride(2))) return torch::stable::new_empty(x, x.sizes());
+  return torch::stable::transpose(torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1), x.size(3)}), 1, 2);
+}
+
 // The arguments of attention that both directions have. The tensors stay alive as long as this does.
 struct Attention {
   const char* op;
@@ -245,11 +251,13 @@ struct Attention {
 
   Attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double scale,
             bool causal, const std::optional<Tensor>& cu_seqlens, int64_t window, const std::optional<Tensor>& slopes,
-            double softcap)
+            double softcap, const std::optional<Tensor>& cos,
+            const std::optional<Tensor>& sin)
       : op(op), device(device_of(op, "q", q)), q(q), k(k), v(v), documents(cu_seqlens), vq(view(op, "q", q, device, 4)),
         vk(view(op, "k", k, device, 4)), vv(view(op, "v", v, device, 4)) {
     STD_TORCH_CHECK(!mask.has_value(), op, ": mask: the CUDA kernels take none");
     STD_TORCH_CHECK(!slopes.has_value(), op, ": slopes: the CUDA kernels take none");
+    STD_TORCH_CHECK(!cos.has_value() && !sin.has_value(), op, ": cos and sin: the CUDA kernels take none");
     STD_TORCH_CHECK(softcap == 0, op, ": softcap=", softcap, "; the CUDA kernels take none (0)");
     STD_TORCH_CHECK(window >= 0, op, ": window=", window, "; wanted 1 or more, or 0 for none");
     check_float(op, "q", vq);
@@ -289,11 +297,12 @@ struct Attention {
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
                                      double scale, bool causal, const std::optional<Tensor>& cu_seqlens, int64_t window,
-                                     const std::optional<Tensor>& slopes, double softcap) {
+                                     const std::optional<Tensor>& slopes, double softcap,
+                                     const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
   const char* op = "minimal::attention";
   const torch::stable::accelerator::DeviceGuard guard(device_of(op, "q", q));
-  Attention x(op, q, k, v, mask, scale, causal, cu_seqlens, window, slopes, softcap);
-  Tensor out = torch::stable::new_empty(q, q.sizes());
+  Attention x(op, q, k, v, mask, scale, causal, cu_seqlens, window, slopes, softcap, cos, sin);
+  Tensor out = laid_out_as(q);
   Tensor lse = torch::stable::new_empty(q, {x.a.B, x.a.H, x.a.Tq}, ScalarType::Float);
   x.a.out = rows(out);
   x.a.lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -305,18 +314,18 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                                                       const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask,
                                                       double scale, bool causal, const std::optional<Tensor>& cu_seqlens,
-                                                      int64_t window, const std::optional<Tensor>& slopes, double softcap) {
+                                                      int64_t window, const std::optional<Tensor>& slopes, double softcap, const std::optional<Tensor>& cos,
+    const std::optional<Tensor>& sin) {
   const char* op = "minimal::attention_backward";
   const torch::stable::accelerator::DeviceGuard guard(device_of(op, "q", q));
-  Attention x(op, q, k, v, mask, scale, causal, cu_seqlens, window, slopes, softcap);
+  Attention x(op, q, k, v, mask, scale, causal, cu_seqlens, window, slopes, softcap, cos, sin);
   x.check_size("grad", grad, view(op, "grad", grad, x.device, 4));
   x.check_size("out", out, view(op, "out", out, x.device, 4));
   const View vl = view(op, "lse", lse, x.device, 3, 3);
   STD_TORCH_CHECK(vl.type == ScalarType::Float && (vl.size == Sizes{1, x.a.B, x.a.H, x.a.Tq}), op, ": lse has dtype ",
                   name_of(vl.type), " and shape ", shape(lse), "; wanted float32 and (B, H, Tq) of q, ", shape(q));
   Tensor dout = grad, o = out, l = torch::stable::contiguous(lse);
-  Tensor dq = torch::stable::new_empty(q, q.sizes()), dk = torch::stable::new_empty(k, k.sizes());
-  Tensor dv = torch::stable::new_empty(v, v.sizes());
+  Tensor dq = laid_out_as(q), dk = laid_out_as(k), dv = laid_out_as(v);
   Tensor scratch = torch::stable::new_empty(q, {x.a.B, x.a.H, x.a.Tq, 2}, ScalarType::Float);
   x.a.dout = rows(dout), x.a.out = rows(o);
   x.a.dq = rows(dq), x.a.dk = rows(dk), x.a.dv = rows(dv);
