@@ -250,13 +250,16 @@ ACTIONS = {  # instead of training; at most one
     "--sample": dict(metavar="TEXT", help="print what --base makes of TEXT: a continuation, label, tags, translation, "
                      "[MASK] filled in, or the answer to a question that ends in '?' from what follows it"),
     "--chat": dict(action="store_true", help="write together with --base, line by line"),
-    "--eval": dict(action="store_true", help="score --base on --data; the scores replace those in its metrics.json. A "
-                   "language model labels rows of --task classify by likelihood, after --shots examples"),
-    "--merge": dict(action="store_true", help="write --base, an adapter, and its base as one model into --out"),
+    "--eval": dict(action="store_true", help="score --base, on all rows of --data, or on what its run held out; the "
+                   "scores replace those in its metrics.json. A language model labels rows of --task classify by "
+                   "likelihood, after --shots examples, which are not scored"),
+    "--merge": dict(action="store_true", help="write --base, an adapter, and its base as one model into --out, by "
+                    "default BASE-merged"),
     "--export": dict(choices=["hf", "gguf", "torch"], help="write --base for others: a Hugging Face folder, a GGUF for "
-                     "llama.cpp, a program of torch.export; LoRA is merged"),
-    "--show-data": dict(type=converter((int, 1)), metavar="N", help="print N rows as the model would read them, what "
-                        "is trained in colour"),
+                     "llama.cpp, a program of torch.export; LoRA is merged. Into --out, by default "
+                     "BASE-hf, BASE.gguf or BASE.pt2 beside --base, if that is under out/, else in out/"),
+    "--show-data": dict(type=converter((int, 1)), metavar="N", help="print N rows of the data as the model would read "
+                        "them, what is trained in colour"),
     "--dry-run": dict(action="store_true", help="build all, time a step, write nothing"),
 }  # fmt: skip
 
