@@ -35,6 +35,7 @@ from tasks import (
     Labelled,
     answer,
     chat_format,
+    chats_of,
     check_data,
     context_of,
     continue_text,
@@ -186,6 +187,7 @@ def held_out(s, folder, model, tokenizer, other, temporary):
         labels, train = getattr(model.config, "labels", ()), read_rows(own / "train.jsonl")
         rows = rows_to_score(s, labels, part) if other else read_rows(own / kept)
         if s.task == "chat":
+            train = train or (chats_of(s)[0] if part else [])  # for the baseline
             return Chats(s, tokenizer, train, rows, model, whole=not part)
         return Labelled(s, tokenizer, train, rows, labels, segments_of(model))
     if tokenizer and other:

@@ -319,6 +319,8 @@ def test_a_chat_model_stays_one_when_merged_or_exported(capsys):
         assert sampled(name) == want
         train.main(["--base", name, "--eval"])  # the tenth that the run held out, not what it was trained on
         assert "data: chats.jsonl, 6 rows to score" in capsys.readouterr().out
+        again, kept = (json.loads(pathlib.Path(x, "metrics.json").read_text()) for x in (name, out))
+        assert again["baselines"] == kept["baselines"]
     assert pathlib.Path("out/x-lora.gguf").exists() and pathlib.Path("out/x-lora.pt2").exists()
     bare = sampled("out/x-lora.gguf")
     assert bare.out.startswith("Who wrote Hamlet?") and bare.err.count("\n") == 1
