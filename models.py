@@ -60,6 +60,7 @@ ADAPTERS = {  # method -> what writes and reads its folder, and peft_type in ada
     "prompt": (prompt.save_prompt, prompt.load_prompt, "PROMPT_TUNING"),
 }
 
+PEFT_TASKS = {"lm": "CAUSAL_LM", "chat": "CAUSAL_LM", "classify": "SEQ_CLS", "tag": "TOKEN_CLS", "qa": "QUESTION_ANS"}
 SURGICAL_BATCHES = 8  # that gradients are measured on: their mean ranks blocks alike from then on
 HEADS = ("classifier", "qa_outputs")  # of a task: new on a pretrained body, so LoRA trains them in full
 
@@ -231,6 +232,12 @@ def identity_of(name):
     return digest.hexdigest() if files else None
 
 
+def note_of(folder):
+    """What the run that made a folder noted, args.json, or {}; of a model that left its run, task and data alone."""
+    path = Path(folder or "") / "args.json"
+    return read_json(path) if folder and path.exists() else {}
+
+
 def purpose_of(name, model, what="--base"):
     """(--model, --task) of a base where they are not given; None where it does not say."""
     path = locate(name, what)
@@ -332,7 +339,7 @@ def student_of(s, teacher):
 def save_model(s, model, folder):
     if s.finetune not in ADAPTERS:
         return model.save_pretrained(folder)
-    model.name_or_path = s.base  # goes into adapter_config.json
+    model.name_or_path, model.task_type = s.base, PEFT_TASKS.get(s.task)  # go into adapter_config.json
     ADAPTERS[s.finetune][0](model, folder)
 
 

@@ -176,6 +176,20 @@ def check_data(s):
         raise ValueError(f"--data {s.data}: no such file or folder")
 
 
+def check_unlabelled(data):
+    """Refuses rows of text and label where the text alone would be read."""
+    path = Path(data, "train.jsonl") if Path(data).is_dir() else Path(data)
+    if path.suffix != ".jsonl" or not path.is_file():
+        return
+    try:
+        row = json.loads(next((line for line in open(path, "rb") if line.strip()), b"null"))
+    except ValueError:  # read_conversations says what and where
+        return
+    if isinstance(row, dict) and {"text", "label"} <= row.keys():
+        how = "--task classify (a BERT learns the labels, with --eval any model guesses them)"
+        raise ValueError(f"--data {data}: rows of text and label; wanted {how}, or --task lm for the text alone")
+
+
 def documents_of(s):
     """The documents of --data: a source of our own, files, or the column "text" of a data set of the hub."""
     if s.data in SOURCES:
@@ -221,14 +235,15 @@ class Text:
         self.rows, self.alone = s.data.endswith(".jsonl") and s.model != "rnn", prompted(s, base)
         self.limit = max(1, eval_tokens(base) // (s.seq_len * s.batch_size))
         try:
-            self.train, self.val = (corpus.TokenBlocks(folder / n, s.seq_len, s.seed) for n in ("train.npy", "val.npy"))
+            # The shorter part first: a --seq-len that suits it suits both.
+            self.val, self.train = (corpus.TokenBlocks(folder / n, s.seq_len, s.seed) for n in ("val.npy", "train.npy"))
         except ValueError as error:
-            if "seq_len" not in str(error):
+            if not (held := re.search(r"holds (\d+) tokens", str(error))):
                 raise
-            held = re.search(r"holds (\d+) tokens", str(error))
-            found = f"{held[1]} tokens" if held else "too few tokens"
-            why = f"too short: {found} in its training or validation part, --seq-len {s.seq_len} needs {s.seq_len + 1}"
-            raise ValueError(f"--data {s.data}: {why}") from None
+            part, found = "validation" if "val.npy" in str(error) else "training", int(held[1])
+            why = f"its {part} part has {found} tokens, --seq-len {s.seq_len} needs {s.seq_len + 1}; wanted more text"
+            fits = f", or --seq-len {2 ** (found.bit_length() - 1 - (found.bit_count() == 1))}" if found > 8 else ""
+            raise ValueError(f"--data {s.data}: too short: {why}{fits}") from None
         sizes = [len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)]
         sizes[tokenizer.eos_id] = 0  # it stands for no byte of the text
         self.scored = torch.cat([batch["labels"][:, 1:].flatten() for batch in self.validation()])
@@ -254,8 +269,19 @@ class Text:
     def scores(self, model, loss_sum):
         return {"bits_per_byte": metrics.bits_per_byte(loss_sum, self.n_bytes)} if self.n_bytes else {}
 
+    def own_rows(self):
+        """(where, a batch of one) of each training row: a document of a .jsonl, else what is cut from running text."""
+        if not self.rows:
+            yield from (("", {"ids": ids[None]}) for ids in self.train)
+            return
+        ids = tokens_of(self.folder / "train.npy")
+        for document in ids.tensor_split((ids.int() == self.tokenizer.eos_id).nonzero().flatten() + 1)[:-1]:
+            yield "", {"ids": document[None].long()}
+
     def baselines(self):
         ids = tokens_of(self.folder / "train.npy")[:10_000_000].int()
+        if self.rows:  # what begins a document is not asked for
+            ids = torch.cat((ids[:0], ids[1:][ids[:-1] != self.tokenizer.eos_id]))
         nats = baselines.unigram(ids, self.scored, self.tokenizer.vocab_size)
         return {"unigram": {"val_loss": nats / len(self.scored)} | self.scores(None, nats)}
 
@@ -268,24 +294,33 @@ class Chats:
 
     unit = "trained tokens"
 
-    def __init__(self, s, tokenizer, train, val, base=None):
+    def __init__(self, s, tokenizer, train, val, base=None, whole=False):
+        """whole: all of val is scored, and not only as much as evaluations during training have time for."""
         self.s, self.tokenizer, self.val, self.format = s, tokenizer, val, chat_format(tokenizer)
-        features, report = fit_rows([self.format.feature(row, s.train_on) for row in train], s.seq_len)
+        features = [self.format.feature(row, s.train_on) | {"where": f" ({row['where']})"} for row in train]
+        # Without training rows there is nothing to train on, but to score: --eval of a model that others trained.
+        features, report = fit_rows(features, s.seq_len) if train else ([], "")
         held_out, lost = fit_rows([self.format.feature(row) for row in val], s.seq_len)
         ends = itertools.accumulate(len(f["ids"]) for f in held_out)  # the same rows whether they are packed or not
-        held_out = [f for f, end in zip(held_out, ends, strict=True) if end <= eval_tokens(base)] or held_out[:1]
+        most = math.inf if whole else eval_tokens(base)
+        held_out = [f for f, end in zip(held_out, ends, strict=True) if end <= most] or held_out[:1]
         for part, what in (("training", report), ("validation", lost)):
             if what:
                 print(f"note: {part}: {what}")
         how, size = dict(pad_id=pad_id(tokenizer), pack=not prompted(s, base)), s.batch_size
         if not how["pack"]:  # as many tokens a step as packed rows have
-            size = max(1, size * s.seq_len * len(features) // sum(len(f["ids"]) for f in features))
-        self.rows = PackedRows(features, s.seq_len, size, s.seed, **how)
+            size = max(1, size * s.seq_len * len(features) // max(1, sum(len(f["ids"]) for f in features)))
+        self.rows = PackedRows(features, s.seq_len, size, s.seed, **how) if features else None
         self.right = []
         self.held_out = PackedRows(held_out, s.seq_len, s.batch_size, 0, **how)
 
     def batch(self, index):
         return self.rows.batch(index)
+
+    def own_rows(self):
+        """(where, a batch of one) of each training row"""
+        for f in self.rows.features:
+            yield f["where"], {name: torch.tensor([f[name]]) for name in ("ids", "labels")}
 
     def validation(self):
         return self.held_out.sequential()
@@ -307,7 +342,9 @@ class Chats:
         return {"token_accuracy": right / len(self.targets(self.validation()))}
 
     def baselines(self):
-        ids = self.targets(self.batch(i) for i in range(min(len(self.rows), 1000)))
+        if not self.rows:
+            return {}
+        ids = torch.tensor([x for f in self.rows.features for x in f["labels"][1:] if x != -100])
         scored = self.targets(self.validation())
         usual = (scored == ids.bincount().argmax()).double().mean().item()
         nats = baselines.unigram(ids, scored, self.tokenizer.vocab_size) / len(scored)
@@ -460,6 +497,11 @@ def rows_of(s):
 
 def chats_of(s):
     """(train, val): the conversations of --data, checked and split."""
+    return split(*read_chats(s))
+
+
+def read_chats(s):
+    """(rows, rows to validate on or None): the conversations of --data, checked."""
     if s.data in SOURCES and LABELLED.get(s.data) != "seq2seq":
         wanted = next(name for name, task in LABELLED.items() if task == "seq2seq")
         raise ValueError(f"--data {s.data}: holds no conversations; wanted a .jsonl, hf:OWNER/NAME or {wanted}")
@@ -468,16 +510,27 @@ def chats_of(s):
     elif s.data.startswith("hf:"):
         rows = next(iter(load_hub(s.data[3:]).values()))  # "train", where there is one; a tenth of it validates
     else:
-        return split(*read_conversations(s.data))
-    return split([read_row(row, f"{s.data}:{i}") for i, row in enumerate(rows, 1)])
+        return read_conversations(s.data)
+    return [read_row(row, f"{s.data}:{i}") for i, row in enumerate(rows, 1)], None
 
 
-def rows_to_score(s, labels):
-    """The rows of --data for --eval: those for validation if the data has such a part, else all of them."""
-    train, val = rows_of(s) if s.data in SOURCES else read_examples(s.data, s.task)
+def rows_to_score(s, labels, part):
+    """The rows of --data for --eval: those for validation, if the data has such a part or is to be split (part), else
+    all of them."""
+    if s.task == "chat":
+        train, val = chats_of(s) if part else read_chats(s)
+    else:
+        train, val = rows_of(s) if part else read_examples(s.data, s.task)
     if s.task in ("classify", "tag"):
         check_labels(val or train, labels)
+    print(f"data: {s.data}, {len(val or train):,} rows to score")
+    note_few(val or train)
     return val or train
+
+
+def note_few(rows):
+    if len(rows) < 30:
+        print(f"note: {len(rows)} rows for validation are few: a score of them is rough")
 
 
 def prepare_rows(s, folder, tokenizer):
@@ -490,8 +543,7 @@ def prepare_rows(s, folder, tokenizer):
         texts = (" ".join(text) if isinstance(text, list) else text for row in train for text in texts_of(s.task, row))
         tokenizer = new_tokenizer(s, texts)
     print(f"data: {s.data}, {len(train):,} rows and {len(val):,} for validation, vocabulary {tokenizer.vocab_size:,}")
-    if len(val) < 30:
-        print(f"note: {len(val)} rows for validation are few: a score of them is rough")
+    note_few(val)
     return checked(s, tokenizer)
 
 
@@ -530,6 +582,11 @@ class Labelled:
         if self.s.augment:
             few = [self.augmented(f, random.Random(f"{self.s.seed} {index} {i}")) for i, f in enumerate(few)]
         return collate(self.s.task, few, pad_id(self.tokenizer))
+
+    def own_rows(self):
+        """(where, a batch of one) of each training row"""
+        for f in self.features:
+            yield f" ({self.train[f['row']]['where']})", collate(self.s.task, [f], pad_id(self.tokenizer))
 
     def augmented(self, f, rng):
         """A feature with its text, but not the special tokens around it, swapped, deleted and masked."""
@@ -720,8 +777,12 @@ def show(task, row, answer):
 
 
 def continue_text(s, model, tokenizer, prompt):
-    """Yields the pieces of a continuation."""
-    return drawn(s, model, tokenizer, [*start_ids(tokenizer), *tokenizer.encode(prompt)], s.new_tokens)
+    """Yields the pieces of a continuation, up to whichever token ends a text."""
+    ends = getattr(model.config, "eos_token_id", None), *getattr(model.config, "other_eos_token_ids", ())
+    ends = {*ends, chat_format(tokenizer).end if getattr(tokenizer, "chat_template", None) else None} - {None}
+    stop = [tokenizer.decode([i]) for i in ends if i < tokenizer.vocab_size]
+    ids = [*start_ids(tokenizer), *tokenizer.encode(prompt)]
+    return drawn(s, model, tokenizer, ids, s.new_tokens, stop=stop)
 
 
 def drawn(s, model, tokenizer, ids, new_tokens, **how):

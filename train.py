@@ -56,6 +56,7 @@ from models import (
     load_tokenizer,
     locate,
     new_model,
+    note_of,
     objective,
     optimizer_of,
     purpose_of,
@@ -73,6 +74,7 @@ from tasks import (
     chat_format,
     chats_of,
     check_data,
+    check_unlabelled,
     context_of,
     describe,
     evaluate,
@@ -248,13 +250,16 @@ ACTIONS = {  # instead of training; at most one
     "--sample": dict(metavar="TEXT", help="print what --base makes of TEXT: a continuation, label, tags, translation, "
                      "[MASK] filled in, or the answer to a question that ends in '?' from what follows it"),
     "--chat": dict(action="store_true", help="write together with --base, line by line"),
-    "--eval": dict(action="store_true", help="score --base on --data; the scores replace those in its metrics.json. A "
-                   "language model labels rows of --task classify by likelihood, after --shots examples"),
-    "--merge": dict(action="store_true", help="write --base, an adapter, and its base as one model into --out"),
+    "--eval": dict(action="store_true", help="score --base, on all rows of --data, or on what its run held out; the "
+                   "scores replace those in its metrics.json. A language model labels rows of --task classify by "
+                   "likelihood, after --shots examples, which are not scored"),
+    "--merge": dict(action="store_true", help="write --base, an adapter, and its base as one model into --out, by "
+                    "default BASE-merged"),
     "--export": dict(choices=["hf", "gguf", "torch"], help="write --base for others: a Hugging Face folder, a GGUF for "
-                     "llama.cpp, a program of torch.export; LoRA is merged"),
-    "--show-data": dict(type=converter((int, 1)), metavar="N", help="print N rows as the model would read them, what "
-                        "is trained in colour"),
+                     "llama.cpp, a program of torch.export; LoRA is merged. Into --out, by default "
+                     "BASE-hf, BASE.gguf or BASE.pt2 beside --base, if that is under out/, else in out/"),
+    "--show-data": dict(type=converter((int, 1)), metavar="N", help="print N rows of the data as the model would read "
+                        "them, what is trained in colour"),
     "--dry-run": dict(action="store_true", help="build all, time a step, write nothing"),
 }  # fmt: skip
 
@@ -268,6 +273,7 @@ def complete(s):
     if s.task is None and (s.base or s.teacher):
         s.model, s.task = purpose_of(s.teacher or s.base, s.model, "--teacher" if s.teacher else "--base")
     if s.task is None and s.model in (None, *TASKS["chat"].models) and s.data:
+        check_unlabelled(s.data)
         kind = kind_of(s.data) or ("unknown" if s.data.endswith(".jsonl") else "text")  # chats_of names what is wrong
         s.task = run_of(s.teacher or s.base).get("task") if kind == "text" else "chat"
     s.model = s.model or (TASKS[s.task].models[0] if s.task else "gpt")
@@ -350,8 +356,7 @@ def complete(s):
 
 def run_of(folder):
     """The settings of the run that made a folder, or {}."""
-    path = Path(folder or "") / "args.json"
-    return read_json(path)["settings"] if folder and path.exists() else {}
+    return note_of(folder).get("settings", {})
 
 
 def peak_memory_mb(s):
@@ -626,12 +631,17 @@ def set_up(s, folder, resume=False):
         model.config.dropout = s.dropout
     if s.adversarial == "rdrop" and not model.config.dropout:
         raise ValueError("--adversarial rdrop: compares two passes of different dropout; wanted --dropout above 0")
+    begins = s.finetune in ("prefix", "prompt") and not resume
+    bare = evaluate(s, model.to(s.device), data) if begins and not getattr(model, "fresh", ()) else None
     adapt(s, model, data)
     model.to(s.device)
     every, trained = count(model)
     why = fused.why_not(*[torch.empty(1, 1, 1, 8, device=s.device, dtype=getattr(torch, s.dtype))] * 3)
     how = f"; attention: {f'plain PyTorch ({why})' if why else 'fused'}" if s.model not in ("vae", "rnn") else ""
     print(f"model: {every:,} parameters, {trained:,} trained ({trained / every:.1%}); {s.device}, {s.dtype}{how}")
+    if begins:  # as real words, which changes what the base says
+        base = f"; the base itself: {describe(bare)}" if bare else ""
+        print(f"before, here: with the {s.finetune} as it begins, made of words of the data{base}")
     return model, data, teacher
 
 
@@ -733,13 +743,19 @@ def load_for(action, s):
         raise ValueError(f"{action}: no finished run under out/; wanted --base")
     model, tokenizer = load_model(folder)
     s.model = next(name for name, kind in MODELS.items() if type(model) is kind)
-    own, of_run, asked = getattr(model.config, "task", None), run_of(folder), s.task  # the first is a BERT's
+    note, own, asked = note_of(folder), getattr(model.config, "task", None), s.task  # the second is a BERT's
+    of_run = note.get("settings", note)
     s.task = ("mlm" if own == "pretrain" else own) or of_run.get("task") or TASK_OF[s.model]
-    if asked == "chat" and s.model in TASKS["chat"].models:
-        s.task = "chat"
+    if asked in ("lm", "chat") and s.model in TASKS[asked].models:
+        s.task = asked
     elif s.task in ("lm", "chat") and s.data:
+        if asked is None:
+            check_unlabelled(s.data)
         s.task = "lm" if kind_of(s.data) in (None, "text") else "chat"
+    if action == "--sample" and s.task == "lm" and asked is None and tokenizer.chat_template:
+        print(f"note: {folder} has a chat template: --task chat answers in it", file=sys.stderr)
     s.data, s.seq_len = s.data or of_run.get("data"), s.seq_len or of_run.get("seq_len")
+    s.train_on = of_run.get("train_on", s.train_on)
     context = context_of(model) if s.model != "vae" else None
     if s.seq_len and context and s.seq_len > context:
         raise ValueError(f"--seq-len {s.seq_len}: the context of {folder} is {context} tokens")
@@ -771,7 +787,8 @@ def main(argv=None):
     s, given, (action, value) = parse(Settings, argv, ACTIONS, "train.py", __doc__.split("In order:")[0])
     try:
         if action in ("--sample", "--chat", "--eval", "--merge", "--export"):
-            labelled = s.task == "classify" or "shots" in given
+            s.task = s.task or ("classify" if "shots" in given else None)
+            labelled = s.task == "classify"
             use = load_for(action, s)
             if action == "--export":
                 return export(s, *use, value, s.out if "out" in given else None)

@@ -22,17 +22,20 @@ from minimal import baselines, gguf_format, quant, runs
 from minimal.attention import attention, torch_attention
 from minimal.chat import show as show_row
 from minimal.checkpoint import write_beside
-from minimal.examples import FIELDS, label_names
+from minimal.examples import FIELDS, label_names, read_examples
 from minimal.features import collate, encode, mean_pool
-from minimal.likelihood import classify
+from minimal.likelihood import choose_examples, classify
 from minimal.lora import merge_lora
 from minimal.runs import read_json, write_json
 from minimal.settings import flag
-from models import base_of, identity_of, load_model, save_tokenizer
+from models import base_of, identity_of, load_model, note_of, save_tokenizer
 from tasks import (
+    SOURCES,
+    Chats,
     Labelled,
     answer,
     chat_format,
+    chats_of,
     check_data,
     context_of,
     continue_text,
@@ -42,9 +45,9 @@ from tasks import (
     judge,
     load_data,
     loss_on,
+    note_few,
     pad_id,
     predict,
-    prepare_rows,
     prepare_text,
     read_rows,
     rows_of,
@@ -172,35 +175,63 @@ def score(s, folder, model, tokenizer, other):
 
 
 def held_out(s, folder, model, tokenizer, other, temporary):
-    """Data to score a model on: --data where it is given or the run has kept none, else what the run kept."""
+    """Data to score a model on: what its run kept, or --data where it is given (other) or the run has kept none.
+
+    Of rows in a file that the model did not learn from, all are scored."""
     if other or s.task == "images":
         check_data(s)
     own, kept = folder / "state", "val.jsonl" if s.task in (*FIELDS, "chat") else "val.npy"
-    other = other or not (own / kept).exists()
-    if s.task in FIELDS:
-        labels = getattr(model.config, "labels", ())
-        rows = rows_to_score(s, labels) if other else read_rows(own / kept)
-        return Labelled(s, tokenizer, read_rows(own / "train.jsonl"), rows, labels, segments_of(model))
+    part, there = not other or only_part(s.data, folder), (own / kept).exists()
+    other = not there or (other and not is_learnt(s.data, folder))
+    if s.task in (*FIELDS, "chat"):
+        labels, train = getattr(model.config, "labels", ()), read_rows(own / "train.jsonl")
+        rows = rows_to_score(s, labels, part) if other else read_rows(own / kept)
+        if s.task == "chat":
+            train = train or (chats_of(s)[0] if part else [])  # for the baseline
+            return Chats(s, tokenizer, train, rows, model, whole=not part)
+        return Labelled(s, tokenizer, train, rows, labels, segments_of(model))
     if tokenizer and other:
-        (prepare_rows if s.task == "chat" else prepare_text)(s, temporary, tokenizer)
+        prepare_text(s, temporary, tokenizer)
     return load_data(s, temporary if other else own, tokenizer, model)
 
 
-FEW_SHOT_ROWS = 200  # scored by --eval of a language model on labelled rows: a standard error of about 3 %
+def learnt_from(folder):
+    """The --data of the run that made a model, or None where that is not known."""
+    note = note_of(folder)
+    return note.get("settings", note).get("data")
+
+
+def only_part(data, folder):
+    """Whether a part of the data alone may be scored, as the model has learnt from the rest, or may have: ours."""
+    return data in SOURCES or is_learnt(data, folder)
+
+
+def is_learnt(data, folder):
+    """Whether a model's run had this --data."""
+    return Path(data).resolve() == Path(learnt_from(folder) or "").resolve()
+
+
+FEW_SHOT_ROWS = 200  # scored by --eval of a language model on labelled rows of ours: a standard error of about 3 %
 
 
 def few_shot(s, folder, model, tokenizer, data):
-    """--eval of a language model on labelled rows: which label it finds likeliest, after --shots examples."""
+    """--eval of a language model on labelled rows: which label it finds likeliest, after --shots examples.
+
+    Those are not scored; of a file that the model did not learn from, all other rows are."""
     s = dataclasses.replace(s, task="classify", data=data or "stdlib-areas")
     check_data(s)
-    train, val = rows_of(s)
-    if s.shots > len(train):
-        raise ValueError(f"--shots {s.shots}: --data {s.data} has {len(train)} rows to show")
-    rows = val[:: -(-len(val) // FEW_SHOT_ROWS)]
+    part = only_part(s.data, folder)
+    train, val = rows_of(s) if part else read_examples(s.data, s.task)
+    if s.shots >= len(train) + bool(val):
+        raise ValueError(f"--shots {s.shots}: --data {s.data} has {len(train)} rows to show{' and score' * (not val)}")
+    shown = choose_examples(train, s.shots, s.seed)
+    rows = val or [row for row in train if not any(row is other for other in shown)]
+    rows = rows[:: -(-len(rows) // FEW_SHOT_ROWS)] if part else rows
     chat = chat_format(tokenizer) if tokenizer.chat_template else None
-    found = classify(model, tokenizer, [row["text"] for row in rows], label_names(train, val), train, s.shots, s.seed,
-                     chat, context=context_of(model))  # fmt: skip
+    found = classify(model, tokenizer, [row["text"] for row in rows], label_names(train, val or ()), train, s.shots,
+                     s.seed, chat, context=context_of(model))  # fmt: skip
     print(f"{folder}, {s.shots} examples shown: {describe(judge('classify', found.labels, rows))}, {len(rows)} rows")
+    note_few(rows)
     if found.fewer_examples:
         print(f"note: {found.fewer_examples} prompts did not fit with all examples, {found.shortened} lost text too")
     usual = baselines.majority([row["label"] for row in train], len(rows))
@@ -217,7 +248,7 @@ def merge(s, folder, model, tokenizer, other, out):
         batch = certified(data)
         before, scores = outputs_on(s, model, batch), evaluate(s, model, data)
         weights = merge_into(model, folder, "--merge")
-        save_whole(model, tokenizer, beside)
+        save_whole(s, model, tokenizer, beside, learnt_from(folder))
         merged = load_model(beside)[0].to(s.device)  # what the files hold, not what they were made from
         change = (outputs_on(s, merged, batch) - before).abs().max().item()
         told = f"the largest change of a logit is {change:.3g}, of a weight {weights:.3g}"
@@ -289,17 +320,23 @@ def outputs_on(s, model, batch):
     return loss_on(s, model.outputs, batch)[0].float().cpu()
 
 
-def save_whole(model, tokenizer, folder):
-    """A model's folder that transformers opens, tokenizer and chat template included."""
+def save_whole(s, model, tokenizer, folder, data=None):
+    """A model's folder that transformers opens, tokenizer and chat template included, and a note of what it is for."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     if tokenizer:
         save_tokenizer(tokenizer, folder)
+        special = {f"{name}_token": tokenizer.id_to_token(i) for name, i in specials(model, tokenizer).items()}
+        # What AutoTokenizer asks for.
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special)
+    if s.task == "chat":  # of all else the configuration tells
+        write_json(folder / "args.json", {"task": s.task, "data": data, "seq_len": s.seq_len})
 
 
 def export(s, folder, model, tokenizer, kind, out):
     """--export hf | gguf | torch: a whole model (LoRA is merged first) in a form that other programs open"""
-    out = Path(out or f"{folder.name if folder.is_dir() else folder.stem}{EXPORTS[kind]}")
+    beside = folder.parent if folder.is_dir() and Path("out").resolve() in folder.resolve().parents else Path("out")
+    out = Path(out or beside / f"{folder.name if folder.is_dir() else folder.stem}{EXPORTS[kind]}")
     if out.exists() and not s.overwrite:
         raise ValueError(f"--out {out}: is there already; wanted --overwrite to replace it, or another --out")
     check_apart(folder, out)
@@ -310,13 +347,10 @@ def export(s, folder, model, tokenizer, kind, out):
     out.parent.mkdir(parents=True, exist_ok=True)
     if kind == "hf":
         with written_beside(out) as beside:
-            save_whole(model, tokenizer, beside)
-            special = {f"{name}_token": tokenizer.id_to_token(i) for name, i in specials(model, tokenizer).items()}
-            # What AutoTokenizer asks for.
-            write_json(beside / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special)
+            save_whole(s, model, tokenizer, beside, learnt_from(folder))
     elif kind == "gguf":
         with tempfile.TemporaryDirectory() as temporary:
-            save_whole(model, tokenizer, Path(temporary))
+            save_whole(s, model, tokenizer, Path(temporary))
             try:
                 gguf_format.write_gguf(temporary, out)
             except ValueError as error:  # which names the folder, and that means nothing to the user
@@ -359,9 +393,10 @@ def show_data(data, number):
     """--show-data: rows as the model will read them, what is trained in colour"""
     if not hasattr(data, "tokenizer"):
         raise ValueError("--show-data: images have no tokens; look at the pictures")
-    rows = (row for index in itertools.count() for row in rows_of_batch(data.batch(index)))
-    for i, (ids, labels, more) in enumerate(itertools.islice(rows, number), 1):
-        print(f"--- row {i}: {len(ids)} tokens, {sum(x != -100 for x in labels)} trained{more}")
+    whole = data.own_rows() if hasattr(data, "own_rows") else (("", data.batch(i)) for i in itertools.count())
+    rows = ((where, *row) for where, batch in whole for row in rows_of_batch(batch))
+    for i, (where, ids, labels, more) in enumerate(itertools.islice(rows, number), 1):
+        print(f"--- row {i}{where}: {len(ids)} tokens, {sum(x != -100 for x in labels)} trained{more}")
         print(show_row(ids, labels, data.tokenizer, sys.stdout.isatty()))
 
 

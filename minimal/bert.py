@@ -247,8 +247,7 @@ class BERT(nn.Module):
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors as transformers' class of the task does, each beside and renamed.
 
-        Raises ValueError when the tensors are not BERT's (an adapter: merge or remove it first; an untied head).
-        """
+        Raises ValueError when the tensors are not BERT's (an adapter: merge or remove it first; an untied head)."""
         import safetensors.torch
         c, tensors = self.config, {name: p.contiguous() for name, p in self.named_parameters()}  # a tied one once
         with torch.device("meta"):
@@ -265,6 +264,7 @@ class BERT(nn.Module):
         Path(folder).mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(tensors, beside[0], {"format": "pt"})  # transformers refuses files without it
         beside[1].write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        beside[0].chmod(beside[1].stat().st_mode)  # safetensors lets the owner alone read
         for path in beside:
             os.replace(path, path.with_suffix(""))
 

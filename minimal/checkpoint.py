@@ -37,7 +37,10 @@ def write_beside(path: str | os.PathLike, write: Callable[[pathlib.Path], object
     path = pathlib.Path(path)
     beside = path.with_name(path.name + ".tmp")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # as the umask has it; safetensors writes files that their owner alone can read
         write(beside)
+        beside.chmod(mode)
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())  # else a power cut may keep the new name and lose the bytes
         os.replace(beside, path)

@@ -229,8 +229,7 @@ class GPT(nn.Module):
             "architectures": ["GPT2LMHeadModel"],
             **{name: getattr(c, name) for name in (*_SIZES, "layer_norm_epsilon", "eos_token_id")},
             "bos_token_id": c.eos_token_id,  # GPT-2's one special token both begins and ends a document
-            **dict.fromkeys(_DROPOUTS, c.dropout),
-            **_FIXED,
+            **(dict.fromkeys(_DROPOUTS, c.dropout) | _FIXED),
             "torch_dtype": str(self.transformer.wte.weight.dtype).removeprefix("torch."),
         }
         beside = Path(folder) / "model.safetensors.tmp", Path(folder) / "config.json.tmp"
@@ -238,6 +237,7 @@ class GPT(nn.Module):
         try:
             safetensors.torch.save_file(tensors, beside[0], {"format": "pt"})  # transformers refuses files without it
             beside[1].write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            beside[0].chmod(beside[1].stat().st_mode)  # safetensors lets the owner alone read
             for path in beside:
                 os.replace(path, path.with_suffix(""))
         finally:

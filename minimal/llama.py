@@ -240,8 +240,7 @@ class Llama(nn.Module):
         return total, (targets != -100).sum()
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors in Hugging Face's Llama layout; a failed write changes no file.
-        Raises ValueError when the model's tensors are not Llama's (an adapter: merge or remove it first)."""
+        """Write config.json and model.safetensors as Hugging Face, or no file; ValueError: adapters not merged yet."""
         import safetensors.torch
         c, tensors = self.config, self.state_dict()
         with torch.device("meta"):
@@ -257,6 +256,7 @@ class Llama(nn.Module):
         try:
             safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, beside[0], {"format": "pt"})
             beside[1].write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            beside[0].chmod(beside[1].stat().st_mode)  # safetensors lets the owner alone read
             for path in beside:
                 os.replace(path, path.with_suffix(""))
         finally:

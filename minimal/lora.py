@@ -262,11 +262,11 @@ def save_lora(model, folder):
     # PEFT also takes a listed name for the end of longer names; where there are such, only an expression is exact.
     longer = any(_plain(other).endswith(f".{n}") for other, _ in model.named_modules() for n in loras)
     config = {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": getattr(model, "name_or_path", None),
+        "peft_type": "LORA", "init_lora_weights": True, "inference_mode": True, "modules_to_save": names or None,
+        "base_model_name_or_path": getattr(model, "name_or_path", None), "task_type": getattr(model, "task_type", None),
         "r": (first := next(iter(loras.values()))).rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout,
-        "use_rslora": first.rslora, "use_dora": first.m is not None, "init_lora_weights": True, "inference_mode": True,
-        "fan_in_fan_out": any(_is_conv1d(m) for m in layers.values()), "modules_to_save": names or None,
-        "bias": "none", "target_modules": "|".join(re.escape(n) for n in loras) if longer else list(loras),
+        "use_dora": first.m is not None, "fan_in_fan_out": any(map(_is_conv1d, layers.values())), "bias": "none",
+        "target_modules": "|".join(re.escape(n) for n in loras) if longer else list(loras), "use_rslora": first.rslora,
     }
     data = {_WEIGHTS: safetensors.torch.save(tensors, metadata={"format": "pt"}), _CONFIG: json.dumps(config).encode()}
     folder.mkdir(parents=True, exist_ok=True)

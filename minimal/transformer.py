@@ -248,6 +248,7 @@ class Transformer(nn.Module):
             new = Path(beside, "model.safetensors"), Path(beside, "config.json")
             safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, new[0], {"format": "pt"})
             new[1].write_text(json.dumps({"model_type": "transformer", **dataclasses.asdict(c)}, indent=2) + "\n")
+            new[0].chmod(new[1].stat().st_mode)  # safetensors lets the owner alone read
             for path in new:
                 path.replace(folder / path.name)
 

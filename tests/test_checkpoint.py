@@ -2,6 +2,7 @@
 """minimal/checkpoint.py: exact resuming, whole files or none, and nothing unpickled."""
 
 import json
+import os
 import pickle
 
 import pytest
@@ -196,3 +197,15 @@ def test_a_full_disk_is_an_oserror_and_loses_nothing(saved, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(saved, model, optimizer, {"step": 2})
     assert saved.read_bytes() == whole and [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_says(umask, mode, tmp_path):
+    """safetensors by itself gives 0600."""
+    model = nn.Linear(2, 2)
+    before = os.umask(umask)
+    try:
+        save_checkpoint(tmp_path / "state.safetensors", model, torch.optim.SGD(model.parameters(), lr=0.1), {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "state.safetensors").stat().st_mode & 0o777 == mode

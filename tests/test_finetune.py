@@ -295,6 +295,235 @@ def test_all_methods_in_one_table(capfd):
     assert text.count("\n|") >= 10 and pathlib.Path("out/all/table.png").read_bytes().startswith(b"\x89PNG")
 
 
+# --- what a result keeps and says -------------------------------------------------------------------------------------
+
+
+def test_a_chat_model_stays_one_when_merged_or_exported(capsys):
+    """What leaves still answers; where no note of ours can lie, one line says how to have answers."""
+    base = pretrain(
+        "--model", "llama", "--seq-len", "128", "--tokenizer", "bpe", "--vocab-size", "300", out="out/llama"
+    )
+    out = finetune("lora", "--base", str(base), "--lr", "0.02")
+
+    def sampled(name, *flags):
+        capsys.readouterr()
+        train.main(["--base", name, "--sample", "Who wrote Hamlet?", "--new-tokens", "9", "--temperature", "0", *flags])
+        return capsys.readouterr()
+
+    train.main(["--base", str(out), "--merge"])
+    for kind in ("hf", "gguf", "torch"):
+        train.main(["--base", str(out), "--export", kind])
+    assert not {p.name for p in pathlib.Path().iterdir()} - {"corpus", "other.txt", "chats.jsonl", "out"}
+    want = sampled(str(out))
+    for name in ("out/x-lora-merged", "out/x-lora-hf"):
+        assert sampled(name) == want
+        train.main(["--base", name, "--eval"])  # the tenth that the run held out, not what it was trained on
+        assert "data: chats.jsonl, 6 rows to score" in capsys.readouterr().out
+        again, kept = (json.loads(pathlib.Path(x, "metrics.json").read_text()) for x in (name, out))
+        assert again["baselines"] == kept["baselines"]
+    assert pathlib.Path("out/x-lora.gguf").exists() and pathlib.Path("out/x-lora.pt2").exists()
+    bare = sampled("out/x-lora.gguf")
+    assert bare.out.startswith("Who wrote Hamlet?") and bare.err.count("\n") == 1
+    assert "out/x-lora.gguf has a chat template: --task chat answers in it" in bare.err
+    assert sampled("out/x-lora.gguf", "--task", "chat") == want
+    plain = sampled("out/x-lora-merged", "--task", "lm")
+    assert plain.out.startswith("Who wrote Hamlet?") and not plain.err
+    assert "not of this train.py" in fails(["--resume", "out/x-lora-merged"], capsys)
+
+
+def test_an_export_of_what_lies_elsewhere_goes_into_out():
+    base = pretrain("--seq-len", "128")
+    base.rename("elsewhere")
+    train.main(["--base", "elsewhere", "--export", "hf"])
+    assert pathlib.Path("out/elsewhere-hf/model.safetensors").exists()
+
+
+def test_a_merged_folder_opens_with_its_tokens_and_usual_modes():
+    import transformers
+
+    base = pretrain("--seq-len", "128", "--tokenizer", "bpe", "--vocab-size", "300")
+    out = finetune("lora", "--base", str(base))
+    train.main(["--base", str(out), "--merge"])
+    train.main(["--base", str(out), "--export", "hf"])
+    for place in (base, out, base / "state", pathlib.Path("out/x-lora-merged"), pathlib.Path("out/x-lora-hf")):
+        modes = {path.name: path.stat().st_mode & 0o777 for path in place.iterdir() if path.is_file()}
+        assert len(modes) > 1 and len(set(modes.values())) == 1, modes
+    read = transformers.AutoTokenizer.from_pretrained("out/x-lora-merged")
+    assert read.eos_token == "<|endoftext|>" == read.convert_ids_to_tokens(models.load_tokenizer(base).eos_id)
+
+
+def test_a_continuation_ends_at_any_token_that_ends_a_text():
+    """A tokenizer names one; a model's configuration, and its chat template, may name others."""
+
+    class Script(torch.nn.Module):
+        """Says the same tokens whatever it is asked."""
+
+        def __init__(self, ids, config):
+            super().__init__()
+            self.ids, self.config = list(ids), config
+
+        def forward(self, ids, cache=None):
+            following = torch.tensor([self.ids.pop(0)]).expand(ids.shape)
+            return torch.nn.functional.one_hot(following, self.config.vocab_size).float()
+
+    from minimal.llama import LlamaConfig
+
+    out = pretrain("--tokenizer", "bpe", "--vocab-size", "300", steps=1)
+    tree = json.loads((out / "tokenizer.json").read_text())
+    flags = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+    tree["added_tokens"] += [{"id": i, "content": f"<{i}>"} | flags for i in (300, 301)]
+    tokenizer = models.PretrainedBPE(tree)
+    config = LlamaConfig(302, 32, 64, 1, 2, 2, eos_token_id=300, other_eos_token_ids=(301,), max_position_embeddings=99)
+    s = train.complete(train.Settings(new_tokens=8, temperature=0.0))
+    for end in (tokenizer.eos_id, 300, 301):
+        said = tasks.continue_text(s, Script([*tokenizer.encode("def f"), end, *tokenizer.encode("no")] * 2, config),
+                                   tokenizer, "x")  # fmt: skip
+        assert "".join(said) == "def f"
+
+
+def test_one_unigram_for_every_method_and_for_eval(capsys):
+    """Of the trained tokens of the training rows, each once; counted here from the rows by hand."""
+    import math
+
+    base = pretrain("--seq-len", "128")
+    found = []
+    for method in ("lora", "prompt"):
+        out = finetune(method, "--base", str(base), "--virtual-tokens", "3", steps=2)
+        found.append(json.loads((out / "metrics.json").read_text())["baselines"])
+        train.main(["--base", str(out), "--eval", "--threads", "1"])
+        found.append(json.loads((out / "metrics.json").read_text())["baselines"])
+    tokenizer = models.load_tokenizer(base)
+    rows = {name: [json.loads(line) for line in open(out / "state" / f"{name}.jsonl")] for name in ("train", "val")}
+    train_ids, val_ids = ([i for row in part for i in (*row["messages"][1]["content"].encode(), tokenizer.eos_id)]
+                          for part in (rows["train"], rows["val"]))  # fmt: skip
+    every = len(train_ids) + tokenizer.vocab_size
+    nats = -sum(math.log((train_ids.count(i) + 1) / every) for i in val_ids) / len(val_ids)
+    for one in found:
+        assert one["unigram"]["val_loss"] == pytest.approx(nats, rel=1e-9)
+
+
+def test_evaluation_scores_all_rows_of_another_file(capsys):
+    base = pretrain("--seq-len", "128")
+    out = finetune("lora", "--base", str(base))
+    capsys.readouterr()
+
+    def scored(*flags):
+        train.main(["--base", *flags])
+        return capsys.readouterr().out
+
+    held_out = scored(str(out), "--eval")
+    assert scored(str(out), "--eval", "--data", "chats.jsonl") == held_out  # what the run learnt from: the tenth again
+    other = write("other.jsonl", [{"prompt": "Who?", "completion": f"No one {i}."} for i in range(25)])
+    said = scored(str(out), "--eval", "--data", other)
+    assert "25 rows to score" in said and "25 rows for validation are few" in said and "unigram" in said
+    model, tokenizer = models.load_model(out)
+    total = count = 0
+    for line in open(other):
+        row = json.loads(line)
+        chat = tasks.chat_format(tokenizer)
+        ids, labels = chat.encode([{"role": "user", "content": "Who?"},
+                                   {"role": "assistant", "content": row["completion"]}])  # fmt: skip
+        with torch.no_grad():
+            nats, n = model.eval().loss(torch.tensor([ids]), torch.tensor([labels]))
+        total, count = total + float(nats), count + int(n)
+    assert f"validation loss {total / count:.4f}" in said
+    said = scored(str(base), "--eval", "--task", "chat", "--data", other)  # a model without rows of its own
+    assert "25 rows to score" in said and "unigram" not in said
+
+
+def test_few_shot_scores_all_but_the_examples(capsys):
+    base, rows = pretrain("--seq-len", "128"), write("rows.jsonl", ROWS)
+    for shots in (0, 3):
+        capsys.readouterr()
+        train.main(["--base", str(base), "--eval", "--task", "classify", "--shots", str(shots), "--data", rows])
+        said = capsys.readouterr().out
+        assert f"{48 - shots} rows\n" in said and "are few" not in said
+    few = write("few.jsonl", ROWS[:20])
+    train.main(["--base", str(base), "--eval", "--task", "classify", "--data", few])
+    assert "note: 20 rows for validation are few" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_before_a_prefix_is_not_the_base(method, capsys):
+    base = pretrain("--seq-len", "128")
+    lora = before_and_after(finetune("lora", "--base", str(base), steps=2))[0]
+    capsys.readouterr()
+    before = before_and_after(finetune(method, "--base", str(base), *METHODS[method], steps=2))[0]
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("before, here"))
+    assert f"with the {method} as it begins" in line and f"the base itself: validation loss {lora:.4f}" in line
+    assert before != lora
+
+
+def test_rows_too_short_for_a_row_of_tokens(capsys):
+    base = pretrain("--seq-len", "128")
+    data = write("short.jsonl", [{"text": f"Row {i} of some, {'no more' if i % 2 else 'or more'}."} for i in range(30)])
+    flags = ["--finetune", "lora", "--base", str(base), "--data", data, "--out", "out/short"]
+    said = fails([*TINY, *flags, "--seq-len", "128"], capsys, "its validation part has", "needs 129", "--seq-len ")
+    size = said.rsplit(" ", 1)[1]
+    assert int(size) >= 16
+    train.main([*TINY, *flags, "--seq-len", size, "--steps", "2"])
+    fails([*TINY, *flags, "--overwrite", "--seq-len", str(2 * int(size))], capsys, f"or --seq-len {size}")
+
+
+def test_labels_are_not_dropped_in_silence(capsys):
+    base, rows = pretrain("--seq-len", "128"), [{"text": f"Row {i} of {i % 7} rows. " * 3} for i in range(300)]
+    rows = write("rows.jsonl", [row | {"label": "ab"[i % 2]} for i, row in enumerate(rows)])
+    flags = ["--base", str(base), "--data", rows]
+    for action in (["--finetune", "lora", "--out", "out/bad"], ["--eval"]):
+        fails([*TINY, *flags, *action], capsys, "rows.jsonl", "text and label", "--task classify", "--task lm")
+    fails([*TINY, "--data", rows, "--out", "out/bad"], capsys, "--task classify")
+    train.main([*TINY, *flags, "--task", "lm", "--finetune", "lora", "--out", "out/text", "--steps", "2"])
+    assert json.loads(pathlib.Path("out/text/args.json").read_text())["settings"]["task"] == "lm"
+
+
+def test_show_data_shows_rows_of_the_file(capsys):
+    pretrain("--seq-len", "128")
+    texts = write("text.jsonl", [{"text": f"Row {i} is short."} for i in range(300)])
+    for data, task in ((chats(), "chat"), (texts, "lm"), (write("rows.jsonl", ROWS), "classify")):
+        base = [] if task == "classify" else ["--base", "out/gpt", "--finetune", "lora"]
+        capsys.readouterr()
+        train.main([*TINY, *base, "--task", task, "--data", data, "--seq-len", "100", "--show-data", "3"])
+        shown = capsys.readouterr().out.split("--- row ")[1:]
+        assert len(shown) == 3
+        for text in shown:
+            if task == "lm":
+                assert text.count("ow ") == text.count(" is short.") == 1
+            else:
+                number = int(text.split(f"({data}:")[1].split(")")[0])
+                row = json.loads(pathlib.Path(data).read_text().splitlines()[number - 1])
+                assert (row["text"] if task == "classify" else row["prompt"]) in text
+                assert text.count("user\n") == (task == "chat")
+
+
+def test_an_adapter_names_its_task_to_peft(capsys):
+    import peft
+    import transformers
+
+    base = pretrain("--model", "llama", "--seq-len", "128", out="out/llama")
+    out = finetune("lora", "--base", str(base), "--lr", "0.02")
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM" and config["base_model_name_or_path"] == "out/llama"
+    train.main(["--base", str(base), "--export", "hf", "--out", "my"])
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("my"), out)
+    assert type(theirs) is peft.PeftModelForCausalLM
+    ids = torch.randint(256, (2, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(ids).logits, models.load_model(out)[0].eval()(ids),
+                                   rtol=1e-4, atol=1e-4)  # fmt: skip
+    (out / "adapter_config.json").write_text(json.dumps(config | {"task_type": None}))  # as it was once written
+    assert models.load_model(out)
+    train.main([*TINY, "--task", "classify", "--data", write("rows.jsonl", ROWS), "--out", "out/bert", "--steps", "1"])
+    out = finetune(
+        "lora", "--task", "classify", "--base", "out/bert", "--seq-len", "32", data="rows.jsonl", out="out/l"
+    )
+    assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained("out/bert")
+    theirs = peft.PeftModel.from_pretrained(theirs, out).eval()
+    with torch.no_grad():
+        want = models.load_model(out)[0].eval()(ids)
+        torch.testing.assert_close(theirs(ids).logits, want, rtol=1e-4, atol=1e-4)
+
+
 # --- models of others -------------------------------------------------------------------------------------------------
 
 
