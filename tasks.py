@@ -270,8 +270,10 @@ class Chats:
 
     def __init__(self, s, tokenizer, train, val, base=None):
         self.s, self.tokenizer, self.val, self.format = s, tokenizer, val, chat_format(tokenizer)
-        features, report = fit_rows([self.format.feature(row, s.train_on) for row in train], s.seq_len)
-        held_out, lost = fit_rows([self.format.feature(row) for row in val], s.seq_len)
+        most = base and (context_of(base) or 0) - taken_by(s, base)
+        limit = f"--seq-len {s.seq_len}" + (f" (the base takes up to {most:,})" if base and most > s.seq_len else "")
+        features, report = fit_rows([self.format.feature(row, s.train_on) for row in train], s.seq_len, limit)
+        held_out, lost = fit_rows([self.format.feature(row) for row in val], s.seq_len, limit)
         ends = itertools.accumulate(len(f["ids"]) for f in held_out)  # the same rows whether they are packed or not
         held_out = [f for f, end in zip(held_out, ends, strict=True) if end <= eval_tokens(base)] or held_out[:1]
         for part, what in (("training", report), ("validation", lost)):
@@ -581,6 +583,13 @@ def context_of(model):
     context = config.max_len - 1 if hasattr(config, "max_len") else context  # a target has one token more
     taken = len(model.prompt.P_e) if hasattr(model, "prompt") else getattr(model, "position_offset", 0)
     return context and context - taken  # less what a prefix or a prompt takes
+
+
+def taken_by(s, base):
+    """How much of the base's context the virtual tokens of --finetune will take."""
+    # A prefix takes places where they are counted from the text's start, not in an encoder-decoder.
+    takes = s.finetune == "prompt" or (s.finetune == "prefix" and hasattr(base, "position_offset"))
+    return s.virtual_tokens if takes else 0
 
 
 def segments_of(model):
