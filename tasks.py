@@ -297,13 +297,15 @@ class Chats:
     def __init__(self, s, tokenizer, train, val, base=None, whole=False):
         """whole: all of val is scored, and not only as much as evaluations during training have time for."""
         self.s, self.tokenizer, self.val, self.format = s, tokenizer, val, chat_format(tokenizer)
+        most = base and (context_of(base) or 0) - taken_by(s, base)
+        limit = f"--seq-len {s.seq_len}" + (f" (the base takes up to {most:,})" if base and most > s.seq_len else "")
         features = [self.format.feature(row, s.train_on) | {"where": f" ({row['where']})"} for row in train]
         # Without training rows there is nothing to train on, but to score: --eval of a model that others trained.
-        features, report = fit_rows(features, s.seq_len) if train else ([], "")
-        held_out, lost = fit_rows([self.format.feature(row) for row in val], s.seq_len)
+        features, report = fit_rows(features, s.seq_len, limit) if train else ([], "")
+        held_out, lost = fit_rows([self.format.feature(row) for row in val], s.seq_len, limit)
         ends = itertools.accumulate(len(f["ids"]) for f in held_out)  # the same rows whether they are packed or not
-        most = math.inf if whole else eval_tokens(base)
-        held_out = [f for f, end in zip(held_out, ends, strict=True) if end <= most] or held_out[:1]
+        bound = math.inf if whole else eval_tokens(base)
+        held_out = [f for f, end in zip(held_out, ends, strict=True) if end <= bound] or held_out[:1]
         for part, what in (("training", report), ("validation", lost)):
             if what:
                 print(f"note: {part}: {what}")
@@ -638,6 +640,13 @@ def context_of(model):
     context = config.max_len - 1 if hasattr(config, "max_len") else context  # a target has one token more
     taken = len(model.prompt.P_e) if hasattr(model, "prompt") else getattr(model, "position_offset", 0)
     return context and context - taken  # less what a prefix or a prompt takes
+
+
+def taken_by(s, base):
+    """How much of the base's context the virtual tokens of --finetune will take."""
+    # A prefix takes places where they are counted from the text's start, not in an encoder-decoder.
+    takes = s.finetune == "prompt" or (s.finetune == "prefix" and hasattr(base, "position_offset"))
+    return s.virtual_tokens if takes else 0
 
 
 def segments_of(model):

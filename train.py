@@ -24,6 +24,7 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -82,10 +83,14 @@ from tasks import (
     loss_on,
     prepare_rows,
     prepare_text,
+    read_rows,
     rows_of,
+    taken_by,
 )
 from uses import (
     check_free,
+    check_lora,
+    check_options,
     compare,
     export,
     few_shot,
@@ -204,7 +209,8 @@ class Settings:
     steps: int = setting(None, (int, 1), "optimiser steps; by model and task, for about two minutes on two cores")
     batch_size: int = setting(None, (int, 1), "rows in a microbatch; by model and task, for two cores")
     grad_accum: int = setting(1, (int, 1), "microbatches in a step; more when memory is short")
-    seq_len: int = setting(None, (int, 1), "tokens in a row; by model and task, or the base's context")
+    seq_len: int = setting(None, (int, 1), "tokens in a row; by model and task (chat: 256), at most the base's "
+                         "context")  # fmt: skip
     optimizer: str = setting(None, ["muon", "adamw", "sgd"], "muon pretrains in fewer steps, adamw adapts")
     lr: float = setting(None, (float, 0, 1e37), "peak learning rate; by model, task and method: RECIPES, RATES")
     warmup: int = setting(None, (int, 0), "steps of linear warm-up; default a twentieth of --steps")
@@ -266,8 +272,6 @@ ACTIONS = {  # instead of training; at most one
 
 def complete(s):
     """Fills what was left open, from the task, the recipe and the machine; refuses what does not go together."""
-    if s.teacher and s.finetune != "distill":
-        raise ValueError(f"--teacher {s.teacher}: wanted --finetune distill beside it")
     if s.teacher and s.base and Path(s.teacher).resolve() != Path(s.base).resolve():
         raise ValueError(f"--teacher {s.teacher} beside --base {s.base}: wanted one, which the student begins from too")
     if s.task is None and (s.base or s.teacher):
@@ -295,8 +299,6 @@ def complete(s):
             raise ValueError(f"--adversarial {s.adversarial}: not beside --finetune distill")
     if s.base and not s.finetune:
         raise ValueError(f"--base {s.base}: wanted --finetune beside it, or an action such as --sample")
-    if s.quantise and s.finetune != "lora":
-        raise ValueError(f"--quantise {s.quantise}: the base of LoRA alone can be so; wanted --finetune lora")
     if s.finetune == "all":
         raise ValueError("--finetune all: wanted no action beside it")
     if s.lora_plus != 1 and s.optimizer not in (None, "adamw"):
@@ -368,7 +370,8 @@ def peak_memory_mb(s):
 
 def fit(s, model, data, teacher, folder, resume, record):
     """Trains to s.steps, or until patience runs out, and returns the progress. Keeps the best model by the task's score
-    in `folder` and the last state in `folder/state`; record(status, progress) writes args.json."""
+    in `folder` and the last state in `folder/state`; record(status, progress) writes args.json. resume: the status of
+    the run that goes on, or None."""
     from tqdm import tqdm
 
     optimizer = optimizer_of(s, model)
@@ -387,6 +390,7 @@ def fit(s, model, data, teacher, folder, resume, record):
             write_beside(folder / name, lambda beside, content=content: beside.write_bytes(content))
     else:
         progress = dict(step=0, elapsed=0.0, before=evaluate(s, model, data), best=None, best_step=0, without_gain=0)
+        progress["over"] = None  # at the end: the --steps it was trained for
         progress["before"]["sample"] = sample(s, model, data, folder, "before training")
         print("before: " + describe(progress["before"]))
         if teacher is not None:
@@ -413,7 +417,9 @@ def fit(s, model, data, teacher, folder, resume, record):
         return loss_sum.detach(), n
 
     keep(save())  # before the first step too: from now on the run can be killed at any moment and resumed
-    saved, seen, busy, last, sound, told = None, 0, 0.0, False, True, time.perf_counter()
+    due = progress.pop("due", None)  # of a step, already taken, whose evaluation a signal has ended: what to log of it
+    saved, (seen, busy), sound, told = None, due[2:] if due else (0, 0.0), True, time.perf_counter()
+    last = resume == "unfinished" and progress.get("over") == s.steps  # patience has run out
     model.train()
     with (
         runs.noted_signals() as signals,
@@ -424,11 +430,11 @@ def fit(s, model, data, teacher, folder, resume, record):
             lr = s.lr * cosine_schedule(step, s.steps, s.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)  # LoRA+ has groups that learn faster
-            total, terms = 0.0, 0
-            for index in range(step * s.grad_accum, (step + 1) * s.grad_accum):
+            total, terms = due[:2] if due else (0.0, 0)
+            for index in range(step * s.grad_accum, (step + 1) * s.grad_accum) if not due else ():
                 loss_sum, n = attack(functools.partial(backward, data.batch(index)))
                 total, terms = total + float(loss_sum), terms + int(n)
-            if terms:  # with nothing to learn from, not even the decay is applied
+            if terms and not due:  # with nothing to learn from, not even the decay is applied
                 scaler.unscale_(optimizer)
                 for p in parameters:
                     if p.grad is not None:
@@ -446,11 +452,19 @@ def fit(s, model, data, teacher, folder, resume, record):
                 scaler.update()
             optimizer.zero_grad(set_to_none=True)
             progress["step"], last = step + 1, step + 1 == s.steps
-            seen, busy = seen + terms, busy + time.perf_counter() - begun
+            seen, busy, due = seen + terms, busy + time.perf_counter() - begun, None
 
             scores = {}
             if last or (step + 1) % s.eval_every == 0:
-                scores = evaluate(s, model, data)
+                try:
+                    with runs.raised(signals):
+                        scores = evaluate(s, model, data)
+                except KeyboardInterrupt:  # it is what the resumed run begins with
+                    progress.update(step=step, due=[total, terms, seen - terms, busy])
+                    if progress["best"] is None:
+                        save_model(s, model, folder)
+                    keep(save())
+                    break
                 sound = math.isfinite(scores["val_loss"])
                 if not sound:
                     break
@@ -480,6 +494,7 @@ def fit(s, model, data, teacher, folder, resume, record):
             if (step + 1) % s.sample_every == 0 and not last:
                 bar.write(f"--- step {step + 1}\n{sample(s, model, data, folder, f'step {step + 1}')}\n---")
             bar.update()
+            progress["over"] = s.steps if last else None
             if last or signals or (step + 1) % s.save_every == 0:
                 if signals and progress["best"] is None:
                     save_model(s, model, folder)  # something to look at; the next evaluation replaces it
@@ -493,10 +508,9 @@ def fit(s, model, data, teacher, folder, resume, record):
             f"the loss or its gradient is not finite at step {step + 1}; the checkpoint in {folder} is from before: "
             f"python train.py --resume {folder} --lr {s.lr / 4:g}"
         )
-    if progress["step"] == s.steps or last:
-        record("finished", progress)
     if signals:
-        print(f"stopped at step {progress['step']} and saved; to go on: python train.py --resume {folder}")
+        step = progress["step"] + ("due" in progress)
+        print(f"stopped at step {step} and saved; to go on: python train.py --resume {folder}")
         raise SystemExit(128 + signals[0])
     return progress
 
@@ -586,16 +600,17 @@ def prepare(s, folder, resume=False):
             raise ValueError(f"--base {s.base}: holds a {kind}; wanted a {s.model} for --task {s.task}")
     (folder / "state").mkdir(parents=True, exist_ok=True)
     if s.task != "images":
-        context = context_of(known) if known else None
-        # A prefix takes places where they are counted from the text's start, not in an encoder-decoder.
-        takes = s.finetune == "prompt" or (s.finetune == "prefix" and hasattr(known, "position_offset"))
-        context = context - s.virtual_tokens if context and takes else context
-        if takes and context < 1:
+        context, taken = context_of(known) if known else None, taken_by(s, known)
+        context = context and context - taken
+        if taken and context < 1:
             raise ValueError(f"--virtual-tokens {s.virtual_tokens}: leaves nothing of the context of {s.base}")
         s.seq_len = s.seq_len or min(RECIPES[s.model, s.task][0]["seq_len"], 10**9 if context is None else context)
         if context is not None and s.seq_len > context:
-            less = f" less {s.virtual_tokens} of the {s.finetune}" if takes else ""
-            raise ValueError(f"--seq-len {s.seq_len}: longer than the context of {s.base}{less}, {context} tokens")
+            less = f" less {taken} of the {s.finetune}" if taken else ""
+            wanted = f"; wanted --seq-len {context} or fewer --virtual-tokens" if taken else ""
+            raise ValueError(
+                f"--seq-len {s.seq_len}: longer than the context of {s.base}{less}, {context} tokens{wanted}"
+            )
         if resume:
             tokenizer = load_tokenizer(folder)
         else:
@@ -645,8 +660,8 @@ def set_up(s, folder, resume=False):
     return model, data, teacher
 
 
-def run(s, resume=False):
-    """Trains from settings to a finished folder, which it returns."""
+def run(s, resume=None):
+    """Trains from settings to a finished folder, which it returns. resume: the status of the run that goes on."""
     started, out = time.perf_counter(), Path(s.out)
     if not resume or s.task == "images":  # which is read anew; all else was kept as it was prepared
         check_data(s)
@@ -686,6 +701,7 @@ def run(s, resume=False):
     after, before = sample(s, model, data, out, "after training"), progress["before"]
     best = {name: value for name, value in progress["best"].items() if name != "sample"}
     others = report(s, out, best, data)
+    record("finished", progress)  # not before: what is missing of the end, --resume does
     print(f"\nbefore: {describe(before)}\n{before['sample']}\n")
     print(f"after: {describe(best)}, step {progress['best_step']}\n{after}\n")
     for name, scores in others.items():
@@ -695,7 +711,7 @@ def run(s, resume=False):
     )
     if progress["best_step"] == 0:
         print("nothing was gained: what was kept is the model as it was before")
-    print(f"{out}: {count(model)[1]:,} parameters trained in {seconds}")
+    print(f"{out}: {trained:,} parameters trained in {seconds}")
     return out
 
 
@@ -704,8 +720,10 @@ def run_all(s, given):
     first = complete(dataclasses.replace(s, finetune="full"))
     s.base, s.out = s.base or find_base(first), s.out or f"{first.out.removesuffix('-full')}-all"
     if not s.seq_len and s.model != "vae":  # the same for all, so also less by what a prefix or a prompt takes
-        context = context_of(load_model(s.base)[0]) or 10**9
-        s.seq_len = min(RECIPES[first.model, first.task][0]["seq_len"], context - s.virtual_tokens)
+        context = (context_of(load_model(s.base)[0]) or 10**9) - s.virtual_tokens
+        if context < 1:
+            raise ValueError(f"--virtual-tokens {s.virtual_tokens}: leaves nothing of the context of {s.base}")
+        s.seq_len = min(RECIPES[first.model, first.task][0]["seq_len"], context)
         given = [*given, "seq_len"]
     return compare(s, given, s.base)
 
@@ -728,9 +746,10 @@ def resume_run(name, changed, given):
                 raise ValueError(f"{flag(field.name)} {new}: the run in {out} has {old}, which resuming cannot change")
             print(f"{flag(field.name)}: {old} -> {new}")
             setattr(s, field.name, new)
-    if s.steps <= step and status != "begun":
+    closing = status == "unfinished" and saved.get("over")  # only its last evaluation, samples and plot are missing
+    if s.steps <= step and status != "begun" and not closing:
         raise ValueError(f"--resume {out}: {status} at step {step}; to go on, add --steps with more than {step}")
-    return run(complete(s), resume=status != "begun")  # begun: killed before its first checkpoint
+    return run(complete(s), resume=None if status == "begun" else status)  # begun: killed before its first checkpoint
 
 
 # --- uses of a model --------------------------------------------------------------------------------------------------
@@ -741,6 +760,10 @@ def load_for(action, s):
     folder = locate(s.base) if s.base else newest("out", lambda run: run["status"] == "finished")
     if folder is None:
         raise ValueError(f"{action}: no finished run under out/; wanted --base")
+    if action == "--merge":  # before anything large is read
+        check_lora(folder, action)
+    if not s.base:
+        print(f"base: {folder}", file=sys.stderr)
     model, tokenizer = load_model(folder)
     s.model = next(name for name, kind in MODELS.items() if type(model) is kind)
     note, own, asked = note_of(folder), getattr(model.config, "task", None), s.task  # the second is a BERT's
@@ -770,14 +793,15 @@ def dry_run(s):
         if base is None:
             raise ValueError(f"--finetune {s.finetune}: nothing pretrained under {Path(s.out).parent}/; wanted --base")
         s.base = str(base)
-    for name, value in dataclasses.asdict(s).items():
-        print(flag(name), value)
     said = io.StringIO()
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(said):
         short = dataclasses.replace(s, out=f"{temporary}/run", steps=3, warmup=0, log_every=1, eval_every=9)
         run(short)
         lines = (Path(short.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    print(*(line for line in said.getvalue().splitlines() if line.startswith(("data:", "model:"))), sep="\n")
+    s.seq_len = short.seq_len
+    for name, value in dataclasses.asdict(s).items():  # now that nothing was wrong with them
+        print(flag(name), value)
+    print(*(line for line in said.getvalue().splitlines() if line.startswith(("data:", "note:", "model:"))), sep="\n")
     first, second = (json.loads(line)["elapsed_s"] for line in lines[:2])  # the third evaluates
     print(f"{s.steps} steps would take {s.steps * (second - first):.0f} s and {peak_memory_mb(s):,.0f} MB; "
           "nothing was written")  # fmt: skip
@@ -786,6 +810,8 @@ def dry_run(s):
 def main(argv=None):
     s, given, (action, value) = parse(Settings, argv, ACTIONS, "train.py", __doc__.split("In order:")[0])
     try:
+        if action != "--resume":
+            check_options(s, given)
         if action in ("--sample", "--chat", "--eval", "--merge", "--export"):
             s.task = s.task or ("classify" if "shots" in given else None)
             labelled = s.task == "classify"
@@ -836,28 +862,42 @@ def main(argv=None):
 
 def what_next(s, out):
     """Names the commands that suit a finished run."""
-    beside = f" --base {out}" if out.parent != Path("out") else ""
+    name = shlex.quote(str(out))
+    beside = f" --base {name}" if out != Path("out", folder_of(s)) else ""  # else it is found by itself
     if s.task == "images":
-        return print(f"next: look at the pictures in {out}, then: python train.py --model vae --latent 2 --out {out}-2")
-    asked = {
-        "chat": "How do I open a file?",
-        "classify": "Open a file.",
-        "tag": "x = 'a for b'",
-        "seq2seq": "Open a file.",
-    }.get(s.task, s.prompt)
-    asked = "Who wrote it? It was written by Ada." if s.task == "qa" else asked
-    print(f"next: python train.py --base {out} --sample {json.dumps(asked)}")
+        then = f"python train.py --model vae --latent 2 --out {name}-2"
+        return print(f"next: look at the pictures in {out}, then: {then}")
+    print(f"next: python train.py --base {name} --sample {shlex.quote(asked_of(s, out))}")
     if s.task == "chat":
-        print(f"      python train.py --base {out} --chat")
+        print(f"      python train.py --base {name} --chat")
     elif s.finetune == "lora":
-        print(f"      python train.py --base {out} --merge")
+        print(f"      python train.py --base {name} --merge")
     elif s.task == "mlm":
         print(f"      python train.py --task classify --finetune full{beside}")
     elif s.task == "lm":
-        print(f"      python train.py --base {out} --chat" if s.finetune else
+        print(f"      python train.py --base {name} --chat" if s.finetune else
               f"      python train.py --model {s.model} --finetune lora{beside}")  # fmt: skip
     else:
-        print(f"      python train.py --base {out} --eval")
+        print(f"      python train.py --base {name} --eval")
+
+
+def asked_of(s, out):
+    """What to ask the model of a finished run: of rows, one of those for validation, of a length to read."""
+    rows = read_rows(out / "state" / "val.jsonl")
+    if not rows:
+        return s.prompt
+
+    def text_of(row, name):
+        if s.task == "chat":
+            text = next((m["content"] for m in row.get("messages", ()) if m["role"] == "user"), row.get("text", ""))
+        else:
+            text = row[name]
+        return " ".join(text.split() if isinstance(text, str) else text)
+
+    name = FIELDS[s.task][0] if s.task in FIELDS else None
+    row = min(rows, key=lambda row: abs(len(text_of(row, name)) - 40))
+    asked = text_of(row, name)[:60].strip(" -")  # what begins with - would be taken for a flag
+    return f"{asked.rstrip('?')}? {text_of(row, 'context')[:200]}" if s.task == "qa" else asked
 
 
 if __name__ == "__main__":

@@ -302,12 +302,17 @@ def is_adapter(folder):
     return (folder / "adapter_config.json").exists()
 
 
-def merge_into(model, folder, action):
-    """Merges the adapter of a folder into the model's own weights; returns the largest change of a weight."""
+def check_lora(folder, action):
+    """Refuses to merge what is no LoRA."""
     kind = read_json(folder / "adapter_config.json").get("peft_type") if is_adapter(folder) else None
     if kind != "LORA":
         why = f"is a {kind} adapter, which no weights can stand for" if kind else "is no adapter"
         raise ValueError(f"{action}: {folder} {why}; wanted --base to name the folder of a LoRA run")
+
+
+def merge_into(model, folder, action):
+    """Merges the adapter of a folder into the model's own weights; returns the largest change of a weight."""
+    check_lora(folder, action)
     if any(isinstance(module, quant.QuantisedLinear) for module in model.modules()):
         quant.dequantise(model)  # into the weights that the adapter was trained over
     return merge_lora(model)
@@ -418,6 +423,29 @@ def rows_of_batch(batch):
 
 METHODS = "full freeze surgical lora dora qlora adapter prefix prompt".split()  # of --finetune all
 FLAGS = {"dora": "lora --dora", "qlora": "lora --quantise nf4"}  # where the name is not what --finetune takes
+OPTIONS = {  # settings of single methods: of which
+    name: methods.split()
+    for methods, names in {
+        "freeze": "top",
+        "surgical": "budget",
+        "lora": "rank alpha lora_dropout target lora_plus quantise rslora dora",
+        "adapter": "bottleneck placement",
+        "prefix": "prefix_hidden",
+        "prefix prompt": "virtual_tokens",
+        "distill": "teacher student_layers distill_temperature distill_weights",
+    }.items()
+    for name in names.split()
+}
+
+
+def check_options(s, given):
+    """Refuses a setting of another method than the run's. given: the names on the command line"""
+    methods = METHODS if s.finetune == "all" else [s.finetune]
+    for name in vars(s):
+        if name in given and not set(OPTIONS.get(name, methods)) & set(methods):
+            asked = flag(name) if getattr(s, name) is True else f"{flag(name)} {getattr(s, name)}".removesuffix(".0")
+            instead = f" instead of {s.finetune}" if s.finetune else " beside it"
+            raise ValueError(f"{asked}: wanted --finetune {' or '.join(OPTIONS[name])}{instead}")
 
 
 def compare(s, given, base):
@@ -427,11 +455,12 @@ def compare(s, given, base):
     out.mkdir(parents=True, exist_ok=True)
     runs.clear(out, RUN_FILES)
     kept = [name for name in given if name not in ("finetune", "base", "out", "overwrite")]
-    same = [flag(n) if getattr(s, n) is True else f"{flag(n)}={getattr(s, n)}" for n in kept]
+    same = {n: flag(n) if getattr(s, n) is True else f"{flag(n)}={getattr(s, n)}" for n in kept}
     for method in METHODS:
         print(f"\n=== {method}", flush=True)
         where = out / method
-        command = [sys.executable, Path(__file__).with_name("train.py"), *same, "--base", base, "--out", where]
+        taken = [text for n, text in same.items() if FLAGS.get(method, method).split()[0] in OPTIONS.get(n, METHODS)]
+        command = [sys.executable, Path(__file__).with_name("train.py"), *taken, "--base", base, "--out", where]
         command += ["--overwrite", "--finetune", *FLAGS.get(method, method).split()]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode > 128:
@@ -445,6 +474,9 @@ def compare(s, given, base):
     if all("failed" in row for row in rows):
         raise ValueError(f"--finetune all: no method ran; {rows[0]['failed']}")
     write_table(out, rows, [f"base: {base}; seed {s.seed}"])
+    if failed := [row["method"] for row in rows if "failed" in row]:
+        print(f"train.py: error: --finetune all: failed: {', '.join(failed)}", file=sys.stderr)
+        raise SystemExit(1)
     return out
 
 

@@ -56,8 +56,9 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def fit_rows(features: Sequence[dict], seq_len: int) -> tuple[list[dict], str]:
+def fit_rows(features: Sequence[dict], seq_len: int, limit: str = "") -> tuple[list[dict], str]:
     """Features that fit into seq_len + 1 tokens each, in order, and a sentence on what was done for it ("": nothing).
+    limit: what it calls that length, by default "the context of {seq_len} tokens".
 
     A text, all of whose tokens are trained, is cut into pieces that share a token, so each token but the first is a
     target once, as before. Another row keeps its beginning if that has a trained token, else it is left out, as is a
@@ -88,7 +89,8 @@ def fit_rows(features: Sequence[dict], seq_len: int) -> tuple[list[dict], str]:
     said = [f"{texts} cut into {pieces} pieces"] if texts else []
     said += [f"{cut} lost their end"] if cut else []
     said += [f"{none} left out, as no answer would remain"] if none else []
-    report = f"{long} of {len(features)} rows are longer than the context of {seq_len} tokens: " if said else ""
+    limit = limit or f"the context of {seq_len} tokens"
+    report = f"{long} of {len(features)} rows are longer than {limit}: " if said else ""
     report += ", ".join(said) + ("; " if said and idle else "")
     report += f"{idle} of {len(features)} rows left out, as they have nothing to train on" if idle else ""
     if not kept:

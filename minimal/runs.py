@@ -84,6 +84,17 @@ def clear(folder: str | os.PathLike, names: list[str], but: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
+def handled(note: Callable) -> Iterator[None]:
+    """Calls note(number, frame) for SIGINT and SIGTERM."""
+    handlers = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
     """Yields a list that SIGINT and SIGTERM are noted in, instead of ending the program; the second ends it."""
     signals = []
@@ -93,12 +104,23 @@ def noted_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         signals.append(number)
 
-    handlers = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
+    with handled(note):
         yield signals
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def raised(signals: list[int]) -> Iterator[None]:
+    """Inside `noted_signals`, around a part that changes nothing: a signal, noted as well, ends it at once by
+    KeyboardInterrupt, and one that was noted before keeps it from beginning."""
+
+    def note(number, frame):
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    with handled(note):
+        if signals:
+            raise KeyboardInterrupt
+        yield
 
 
 def peak_memory_mb() -> float:

@@ -5,6 +5,8 @@ out: merging with a certificate, PEFT, Hugging Face folders, GGUF, torch.export.
 import importlib.util
 import json
 import pathlib
+import re
+import shlex
 
 import pytest
 import tokenizers
@@ -205,7 +207,15 @@ def test_a_row_longer_than_the_context_is_counted(capsys):
     base = pretrain("--seq-len", "128")
     rows = [{"prompt": "Say it.", "completion": "word " * (3 if i % 10 else 40), "key": str(i)} for i in range(60)]
     finetune("lora", "--base", str(base), data=write("long.jsonl", rows), steps=2)
-    assert "rows are longer than the context of 100 tokens" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "rows are longer than --seq-len 100 (the base takes up to 128): " in said
+    flags = ["--base", str(base), "--finetune", "prompt", "--virtual-tokens", "3", "--data", "long.jsonl"]
+    train.main([*TINY, *flags, "--seq-len", "100", "--dry-run"])
+    said = capsys.readouterr().out
+    assert re.search(r"note: training: \d of 5\d rows are longer than --seq-len 100 \(the base .* 125\): ", said), said
+    write("long.jsonl", [row | {"prompt": row["prompt"] * 20} for row in rows])
+    fails([*TINY, *flags, "--seq-len", "100", "--out", "out/y"], capsys, "no row is left", "--seq-len 100 (the base")
+    fails([*TINY, *flags, "--seq-len", "125", "--out", "out/y"], capsys, "no row is left", "--seq-len 125: ")
 
 
 BAD = {
@@ -226,7 +236,7 @@ def test_bad_rows_are_named(name, capsys):
 # --- ways out ---------------------------------------------------------------------------------------------------------
 
 
-def test_merge_writes_a_certificate_or_nothing(capsys):
+def test_merge_writes_a_certificate_or_nothing(monkeypatch, capsys):
     base = pretrain("--seq-len", "128")
     out = finetune("lora", "--base", str(base), "--lr", "0.02")
     fails(
@@ -242,6 +252,7 @@ def test_merge_writes_a_certificate_or_nothing(capsys):
         assert (a(ids) - b(ids)).abs().max() <= 1e-4
     out = finetune("prefix", "--base", str(base))
     fails(["--base", str(out), "--merge"], capsys, "PREFIX_TUNING")
+    monkeypatch.setattr(train, "load_model", None)  # before anything is read
     fails(["--base", str(base), "--merge"], capsys, "is no adapter")
 
 
@@ -524,6 +535,45 @@ def test_an_adapter_names_its_task_to_peft(capsys):
         torch.testing.assert_close(theirs(ids).logits, want, rtol=1e-4, atol=1e-4)
 
 
+def test_a_table_with_failures_is_written_and_the_exit_code_says_so(capfd):
+    """Options of single methods reach those alone; a method that fails is named."""
+    base = pretrain("--seq-len", "32")
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, "--finetune", "all", "--base", str(base), "--data", "other.txt", "--steps", "2",
+                    "--rank", "2", "--budget", "0.6", "--virtual-tokens", "16", "--out", "out/all"])  # fmt: skip
+    assert stop.value.code == 1
+    assert capfd.readouterr().err.splitlines()[-1] == "train.py: error: --finetune all: failed: prefix, prompt"
+    rows = {row["method"]: row for row in json.loads(pathlib.Path("out/all/table.json").read_text())["rows"]}
+    assert [name for name, row in rows.items() if "failed" in row] == ["prefix", "prompt"]
+    assert "wanted --seq-len 16 or fewer --virtual-tokens" in rows["prefix"]["failed"]
+    assert json.loads(pathlib.Path("out/all/qlora/adapter_config.json").read_text())["r"] == 2
+
+
+@pytest.mark.parametrize("hidden", ["0", "16"])
+def test_one_number_of_trained_parameters(hidden, capsys):
+    """Also where what is kept is what was before training, and a prefix without the MLP that made it."""
+    base = pretrain("--seq-len", "128")
+    capsys.readouterr()
+    finetune("prefix", "--base", str(base), "--prefix-hidden", hidden, "--lr", "0", steps=1)
+    said = capsys.readouterr().out
+    first, last = re.search(r"([\d,]+) trained \(", said), re.search(r"([\d,]+) parameters trained in", said)
+    assert "nothing was gained" in said and first[1] == last[1]
+
+
+def test_the_next_command_suits_the_run(capsys):
+    base = pretrain("--seq-len", "256", out="out/a b")
+    assert "python train.py --model gpt --finetune lora --base 'out/a b'" in capsys.readouterr().out
+    data = write(
+        "mine.jsonl", [{"prompt": f"It's box {i}\nof $HOME, isn't it? " * 4, "completion": "No."} for i in range(9)]
+    )
+    out = finetune("lora", "--base", str(base), "--seq-len", "250", data=data, steps=1)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+    command = shlex.split(line.removeprefix("next: "))
+    assert command[:5] == ["python", "train.py", "--base", str(out), "--sample"]
+    assert command[5].startswith("It's box ") and len(command[5]) <= 60 and "of $HOME" in command[5]
+    train.main(command[2:])
+
+
 # --- models of others -------------------------------------------------------------------------------------------------
 
 
@@ -666,6 +716,13 @@ BAD_SETTINGS = {
     "--finetune lora --quantise nf5": ["nf5", "nf4"],
     "--finetune surgical --budget 0.0001": ["budget"],
     "--finetune adapters": ["adapters", "did you mean"],
+    "--finetune prefix --lora-plus 16": ["--lora-plus 16", "--finetune lora", "prefix"],
+    "--finetune lora --virtual-tokens 16": ["--virtual-tokens 16", "--finetune prefix or prompt", "lora"],
+    "--finetune full --dora": ["--dora", "--finetune lora", "full"],
+    "--finetune lora --top 1 --dry-run": ["--top 1", "--finetune freeze"],
+    "--finetune all --student-layers 1": ["--student-layers 1", "--finetune distill", "all"],
+    "--finetune prefix --seq-len 128": ["--seq-len 128", "wanted --seq-len 112 or fewer --virtual-tokens"],
+    "--sample x --rank 4": ["--rank 4", "--finetune lora"],
 }
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from matplotlib import image
 
 from minimal import runs
-from minimal.runs import clear, newest, noted_signals, peak_memory_mb, plot, read_json, write_json
+from minimal.runs import clear, newest, noted_signals, peak_memory_mb, plot, raised, read_json, write_json
 
 leaf = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 tree = st.recursive(leaf, lambda t: st.lists(t, max_size=3) | st.dictionaries(st.text(), t, max_size=3), max_leaves=9)
@@ -130,6 +130,21 @@ def test_signals_are_noted_and_the_second_ends(first, second):
         signal.raise_signal(second)
         pytest.fail("the second signal was not heard")
     assert handlers() == before and signals == [first]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_noted_signal_may_end_a_part_at_once(number):
+    with noted_signals() as signals:
+        noting = signal.getsignal(number)
+        with pytest.raises(KeyboardInterrupt), raised(signals):
+            signal.raise_signal(number)
+            pytest.fail("the part went on")
+        assert signals == [number] and signal.getsignal(number) is noting
+        with pytest.raises(KeyboardInterrupt), raised(signals):
+            pytest.fail("a part began after the signal")
+    with noted_signals() as signals, raised(signals):
+        pass
+    assert signals == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")

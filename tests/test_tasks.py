@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import signal
 
 import pytest
@@ -127,6 +128,16 @@ def test_samples_of_every_task(capsys):
         assert re.search(wanted, capsys.readouterr().out, re.M), task
     fails(["--base", "out/qa", "--sample", "no question"], capsys, "--sample", "'?'")
     fails(["--base", "out/tag", "--chat"], capsys, "--chat", "tag")
+
+
+def test_the_next_command_asks_what_the_data_asks(capsys):
+    for task, word in {"classify": "cat", "tag": "Lovelace", "qa": "box holds", "seq2seq": "1"}.items():
+        out = go(task, steps=1)
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+        command = shlex.split(line.removeprefix("next: "))
+        assert command[2:5] == ["--base", str(out), "--sample"] and word in command[5], line
+        train.main(command[2:])
+        assert capsys.readouterr().out
 
 
 def test_evaluation_on_other_rows_scores_all_of_them(capsys):

@@ -117,6 +117,7 @@ def test_pretrain_adapt_merge_and_leave(capsys):
                      "metrics.json", "samples.txt", "state"}  # fmt: skip
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "bits per byte" in said and "parameters trained in" in said and "next: python train.py" in said
+    assert "--model gpt --finetune lora\n" in said  # the newest there is: it finds it by itself
 
     adapter = lora("--lr", "0.02", steps=60)
     said = capsys.readouterr().out
@@ -309,6 +310,89 @@ def test_kill_at_any_moment(tmp_path):
                 break
     assert killed >= 2 and steps[-1] > 0, f"no kill fell between two steps: {steps}"
     assert same(exact(pathlib.Path("out/parts")), whole)
+
+
+def signal_in_evaluation(step, monkeypatch, number):
+    """Sends this process a signal when the evaluation after that step begins; it may score no batch more."""
+    schedule, loss_on, now, sent = train.cosine_schedule, tasks.loss_on, [0], []
+
+    def tap(step, *rest):
+        now[0] = step + 1
+        return schedule(step, *rest)
+
+    def scored(*args):
+        assert not sent, "the evaluation went on after the signal"
+        if now[0] == step:
+            sent.append(os.kill(os.getpid(), number))
+        return loss_on(*args)
+
+    monkeypatch.setattr(train, "cosine_schedule", tap)
+    monkeypatch.setattr(tasks, "loss_on", scored)  # train.py has its own name for it, for training
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_signal_ends_an_evaluation_and_resuming_does_it_again(step, number, monkeypatch, capsys):
+    flags = ["--dropout", "0.1", "--grad-accum", "2"]
+    whole = exact(pretrain(*flags, out="out/whole"))
+    with monkeypatch.context() as patches:
+        signal_in_evaluation(step, patches, number)
+        with pytest.raises(SystemExit) as stop:
+            pretrain(*flags, out="out/parts")
+    assert stop.value.code == 128 + number
+    assert f"stopped at step {step} and saved; to go on: python train.py --resume out/parts" in capsys.readouterr().out
+    assert step not in [line["step"] for line in lines(pathlib.Path("out/parts"))]
+    train.main(["--resume"])
+    assert same(exact(pathlib.Path("out/parts")), whole)
+    assert all(line["tokens_per_s"] < 1e6 for line in lines(pathlib.Path("out/parts")))
+    assert os.path.exists("out/parts/loss.png")
+
+
+@pytest.mark.parametrize("where", ["plot", "report"])
+@pytest.mark.parametrize("flags", [[], ["--lr", "0", "--patience", "1"]], ids=["all-steps", "patience"])
+def test_an_interrupted_closing_is_done_by_resume(where, flags, monkeypatch, capsys):
+    """All steps are done, the scores, samples and the plot that end a run are not."""
+    place = train.runs if where == "plot" else train
+    whole = pretrain(*flags, out="out/whole", steps=12)
+    done = getattr(place, where)
+    monkeypatch.setattr(place, where, lambda *args: os.kill(os.getpid(), signal.SIGINT) or done(*args))
+    with pytest.raises(SystemExit) as stop:
+        pretrain(*flags, out="out/parts", steps=12)
+    assert stop.value.code == 130
+    monkeypatch.setattr(place, where, done)
+    assert not os.path.exists("out/parts/metrics.json")
+    capsys.readouterr()
+    train.main(["--resume"])  # it counts as unfinished
+    said = capsys.readouterr().out
+    assert "\nafter: validation loss" in said and "baseline, unigram" in said and "step 8/" not in said
+    assert same(exact(pathlib.Path("out/parts")), exact(whole))
+    assert train.read_json("out/parts/metrics.json") == train.read_json("out/whole/metrics.json")
+    assert os.path.exists("out/parts/loss.png")
+    if not flags:
+        fails(["--resume", "out/parts"], capsys, "finished at step 12; to go on, add --steps with more than 12")
+
+
+def test_uses_say_which_model_they_chose(monkeypatch, capsys):
+    pretrain()
+    done = train.runs.plot
+    monkeypatch.setattr(train.runs, "plot", lambda folder: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit):
+        pretrain(out="out/later")
+    monkeypatch.setattr(train.runs, "plot", done)
+    capsys.readouterr()
+    train.main(["--sample", "The ", "--new-tokens", "5"])
+    said = capsys.readouterr()
+    assert said.err == "base: out/gpt\n" and said.out.startswith("The ")
+    train.main(["--sample", "The ", "--new-tokens", "5", "--base", "out/gpt"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_dry_run_names_what_is_wrong_and_nothing_else(capsys):
+    pathlib.Path("short.txt").write_text("short\nfile\n")
+    with pytest.raises(SystemExit):
+        train.main([*TINY, "--data", "short.txt", "--dry-run"])
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "too short" in said.err
 
 
 def test_resuming_with_other_settings(monkeypatch, capsys):
