@@ -7,9 +7,8 @@ softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), so that no Tq x Tk matr
     S = scale Q K^T + M      P = softmax(S)      O = P V      L_i = log sum_j exp S_ij  (kept for the backward pass)
     dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(dO * O))      dQ = scale dS K      dK = scale dS^T Q
 
-Departures from the paper: it is for CPUs; masks, grouped queries, causal with Tq != Tk (aligned bottom-right), packed
-documents, a sliding window, ALiBi's slopes and a soft cap are inside; a single query, as in decoding, has a kernel of
-its own; a row with nothing to attend to gives zeros and zero gradients instead of NaN.
+Departures from the paper: CPUs come first; masks, grouped queries, causal with Tq != Tk (aligned bottom-right), packed
+documents, a window, ALiBi, a soft cap and rotary positions are inside; a row with nothing to see gives zeros, not NaN.
 
     from minimal import fused
     out = fused.attention(q, k, v, causal=True)     # the kernels where they can, else the same in plain PyTorch
@@ -18,8 +17,7 @@ its own; a row with nothing to attend to gives zeros and zero gradients instead 
 MINIMAL_FUSED=0 in the environment, read at import, forces plain PyTorch; MINIMAL_FUSED=cuda lets tensors on a GPU take
 the CUDA kernels, which no GPU has run yet: else they take PyTorch's. `python -m minimal.fused` shows what runs.
 
-This is the one file that knows the compiled module minimal/_C (built by setup.py from csrc/, which holds the schemas).
-Here are the rules beside them: fake (shapes, for torch.compile and torch.export) and autograd (once differentiable).
+Here are the operators' rules: fake (shapes, for torch.compile and torch.export) and autograd (once differentiable).
 
 Letters: B batch, H query heads, Hkv key and value heads, Tq queries, Tk keys, D head size, Dv value size.
 """
@@ -39,9 +37,6 @@ from torch.autograd import forward_ad
 MAX_HEAD_SIZE = 256
 _CPU_DTYPES, _CUDA_DTYPES = (torch.float32, torch.bfloat16), (torch.float32, torch.float16, torch.bfloat16)
 _CUDA_HEAD_SIZES = (32, 64, 96, 128)
-
-
-# ------------------------------------------------------------------------------------------------ loading, once
 
 
 def _load() -> str | None:
@@ -79,9 +74,8 @@ def _like(x: Tensor, *others: Tensor | None) -> Tensor:
 def _laid_out_as(x: Tensor, size: int) -> Tensor:
     """A fake (B, H, T, size), without gaps, its heads inside its tokens if x's are: (B, T, H, size) in memory."""
     B, H, T = x.shape[:3]
-    if 0 < x.stride(1) < x.stride(2):
-        return x.new_empty((B, T, H, size)).transpose(1, 2)
-    return x.new_empty((B, H, T, size))
+    inside = 0 < x.stride(1) < x.stride(2)
+    return x.new_empty((B, T, H, size)).transpose(1, 2) if inside else x.new_empty((B, H, T, size))
 
 
 def _fake_attention(q, k, v, mask, scale, causal, cu_seqlens=None, window=0, slopes=None, softcap=0.0, *rotary):
@@ -102,12 +96,8 @@ def _register_rules() -> None:
     fake("minimal::attention_backward", _fake_attention_backward)
     autograd("minimal::softmax", _softmax_backward, setup_context=_softmax_context)
     autograd("minimal::attention", _attention_backward, setup_context=_attention_context)
-    # Without these two lines a second derivative would be silently zero.
-    autograd("minimal::softmax_backward", _no_second_derivative)
-    autograd("minimal::attention_backward", _no_second_derivative)
-
-
-# ------------------------------------------------------------------------------------------------ gradients
+    for name in ("softmax_backward", "attention_backward"):  # else a second derivative would be silently zero
+        autograd(f"minimal::{name}", _no_second_derivative)
 
 
 def _softmax_context(ctx, inputs, output):
@@ -137,9 +127,7 @@ def _attention_backward(ctx, grad, _):
 
 
 def _no_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "torch.ops.minimal is differentiable once; set MINIMAL_FUSED=0 (plain PyTorch) for second derivatives"
-    )
+    raise RuntimeError("torch.ops.minimal is differentiable once; for second derivatives set MINIMAL_FUSED=0")
 
 
 # The registered rules serve torch.compile, torch.export and direct calls of the operators. In eager mode they cost more
@@ -157,37 +145,42 @@ def _eager(op, context, backward, leaves: int):
         context(ctx, inputs, output)
         return output
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    rule = type("Fused", (torch.autograd.Function,), methods)
+    rule = type(
+        "Fused", (torch.autograd.Function,), dict(forward=staticmethod(forward), backward=staticmethod(backward))
+    )
 
     def call(*inputs):
         if torch.compiler.is_compiling():
             return op(*inputs)
         if torch.is_grad_enabled() and any([x.requires_grad for x in inputs[:leaves]]):
             return rule.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
+        return below(*inputs)
 
     return call
 
 
 _reason = _load()  # None: the operators are there
-_cuda = (
-    _reason is None
-    and os.environ.get("MINIMAL_FUSED") == "cuda"
-    and torch._C._dispatch_has_kernel_for_dispatch_key("minimal::attention", "CUDA")
-)
+_cuda = False
 if _reason is None:
+    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("minimal::attention", "CUDA")
+    _cuda = has_cuda and os.environ.get("MINIMAL_FUSED") == "cuda"
     _softmax = _eager(torch.ops.minimal.softmax.default, _softmax_context, _softmax_backward, leaves=1)
     _attention = _eager(torch.ops.minimal.attention.default, _attention_context, _attention_backward, leaves=3)
-
-
-# ------------------------------------------------------------------------------------------------ which path runs
 
 
 def available() -> bool:
     """Whether the compiled operators are loaded and not switched off."""
     return _reason is None
+
+
+def _barred() -> str | None:
+    if _reason is not None:
+        return _reason
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on: the fused path has the backward mode only"
+    if _functorch.maybe_current_level() is not None:
+        return "inside a transform of torch.func (grad, vmap, ...): the fused path has no rules for them"
+    return None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -205,94 +198,50 @@ def _unfit(name: str, x: Tensor) -> str | None:
     return None
 
 
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _unfit_option(name: str, x: Tensor) -> str | None:
+def _unfit_option(name: str, x: Tensor, dtypes: tuple = (torch.float32,)) -> str | None:
     if x.requires_grad and torch.is_grad_enabled():
         return f"{name} needs a gradient, which the fused path does not give"
+    if x.dtype not in dtypes:
+        return f"{name} has dtype {x.dtype}; the fused path takes {', '.join(map(str, dtypes))}"
     return _unfit(name, x)
 
 
-def _unfit_mask(mask: Tensor, dtype: torch.dtype) -> str | None:
-    if mask.requires_grad and torch.is_grad_enabled():
-        return "mask needs a gradient, which the fused path does not give"
-    if mask.dtype not in (torch.bool, torch.float32, dtype):
-        return f"mask has dtype {mask.dtype}; the fused path takes bool, float32 or {dtype}"
-    return _unfit("mask", mask)
-
-
-def why_not(
-    q: Tensor | None = None,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    slopes: Tensor | None = None,
-    softcap: float = 0.0,
-    rotary: tuple[Tensor, Tensor] | None = None,
-) -> str | None:
+def why_not(q=None, k=None, v=None, *, mask=None, dropout=0.0, slopes=None, softcap=0.0, rotary=None) -> str | None:
     """None when attention(q, k, v, mask=mask, ...) runs fused; else one line that says why not. Give what is known.
 
     Only what decides the path is looked at: shapes that do not fit together are for the operator, which raises.
     """
-    if _reason is not None:
-        return _reason
+    if (reason := _barred()) is not None:
+        return reason
     if dropout:
         return f"dropout={dropout}: the fused path has none"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is on: the fused path has the backward mode only"
-    if _functorch.maybe_current_level() is not None:
-        return "inside a transform of torch.func (grad, vmap, ...): the fused path has no rules for them"
     dtype, autocast = None, torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x is None:
-            continue
+    for name, x in [(n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t is not None]:
         if (reason := _unfit(name, x)) is not None:
             return reason
-        own, takes, shape = (
-            _compute_dtype(x) if autocast else x.dtype,
-            _CPU_DTYPES if x.is_cpu else _CUDA_DTYPES,
-            x.shape,
-        )
+        own = _compute_dtype(x) if autocast else x.dtype
+        takes, shape = _CPU_DTYPES if x.is_cpu else _CUDA_DTYPES, x.shape
         if own not in takes or own != (dtype or own):
-            return f"{name} has dtype {own}; the fused path takes q, k and v all {' or all '.join(map(_word, takes))}"
+            wanted = " or all ".join(str(t).removeprefix("torch.") for t in takes)
+            return f"{name} has dtype {own}; the fused path takes q, k and v all {wanted}"
         dtype = own
         if len(shape) != 4 or not 1 <= shape[3] <= MAX_HEAD_SIZE:
-            wanted = f"4 dimensions, the last of 1 to {MAX_HEAD_SIZE}"
-            return f"{name} has shape {tuple(shape)}; the fused path takes {wanted}"
-        if takes is _CUDA_DTYPES and shape[3] not in _CUDA_HEAD_SIZES:
-            return f"{name} has shape {tuple(shape)}; the CUDA kernels take head sizes of {_CUDA_HEAD_SIZES}"
-        if takes is _CUDA_DTYPES and not (mask is None and slopes is None and rotary is None and softcap == 0):
-            return "mask, slopes, softcap or rotary: the CUDA kernels have none"
-    if mask is None and slopes is None and rotary is None:
-        return None
-    for name, x in (("slopes", slopes), *zip(("cos", "sin"), rotary or (), strict=False)):
+            return (
+                f"{name} has shape {tuple(shape)}; the fused path takes 4 dimensions, the last of 1 to {MAX_HEAD_SIZE}"
+            )
+        options = mask is not None or slopes is not None or rotary is not None or softcap
+        if x.is_cuda and (options or shape[3] not in _CUDA_HEAD_SIZES or q is not None and shape[3] != q.shape[3]):
+            return f"the CUDA kernels take one head size of {_CUDA_HEAD_SIZES}, and no mask, slopes, softcap or rotary"
+    for name, x in (("slopes", slopes), *(zip(("cos", "sin"), rotary, strict=True) if rotary else ())):
         if x is not None and (reason := _unfit_option(name, x)) is not None:
             return reason
     if rotary is not None and q is not None and q.shape[-1] % 32:
         return f"q has shape {tuple(q.shape)}; the fused path turns (rotary) head sizes that are multiples of 32"
-    return None if mask is None else _unfit_mask(mask, dtype or torch.float32)
-
-
-# ------------------------------------------------------------------------------------------------ the operators
+    return None if mask is None else _unfit_option("mask", mask, (torch.bool, torch.float32, dtype or torch.float32))
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    window: int = 0,
-    slopes: Tensor | None = None,
-    softcap: float = 0.0,
-    rotary: tuple[Tensor, Tensor] | None = None,
+    q, k, v, *, causal=False, mask=None, scale=None, cu_seqlens=None, window=0, slopes=None, softcap=0.0, rotary=None
 ) -> Tensor:
     """softmax(scale q k^T + mask) v, fused where why_not(q, k, v, mask=mask) is None, else in plain PyTorch.
 
@@ -307,9 +256,8 @@ def attention(
     window > 0: a query sees only keys nearer than that, |i + Tk - Tq - j| < window; what is not seen costs no time.
     slopes, float32 (H,) or (B, H): ALiBi (Press et al. 2021, arXiv 2108.12409), adds -slope |i + Tk - Tq - j|.
     softcap > 0: softcap tanh(scale q k^T / softcap), before slopes and mask (Gemma 2, arXiv 2408.00118).
-    rotary: cos and sin, float32 (Tk, D/2) or (B, Tk, D/2), by which the pairs (d, d + D/2) of q and k are turned on
-    their way in (Su et al. 2021, arXiv 2104.09864); query i takes row i + Tk - Tq, so Tq <= Tk. Not for keys from a
-    cache, which were turned before.
+    rotary: cos and sin, float32 (Tk, D/2) or (B, Tk, D/2), that turn the pairs (d, d + D/2) of q and k on their way in
+    (Su et al. 2021, arXiv 2104.09864); query i takes row i + Tk - Tq >= 0. Keys from a cache were turned before.
     Raises RuntimeError, in one line that names the argument, for sizes or dtypes that do not fit together.
     """
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
@@ -317,8 +265,7 @@ def attention(
         return _plain_attention(q, k, v, causal, mask, scale, cu_seqlens, window, slopes, softcap, rotary)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(_compute_dtype(x)) for x in (q, k, v))
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(q.device, torch.int32).contiguous()
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device, torch.int32).contiguous()
     cos, sin = rotary or (None, None)
     return _attention(q, k, v, mask, scale, causal, cu_seqlens, window, slopes, softcap, cos, sin)[0]
 
@@ -329,26 +276,19 @@ def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False, mask: Tensor
     x (..., Tk), or (..., Tq, Tk) when causal; float32 or bfloat16 -> the same shape and dtype, contiguous.
     mask and causal as in attention(), the mask broadcasting to x's shape; a row with nothing left gives zeros.
     """
-    if (
-        _reason is not None
-        or x.dtype not in (_CPU_DTYPES if x.is_cpu else _CUDA_DTYPES)
-        or x.dim() == 0
-        or _unfit("x", x) is not None
-        or forward_ad._current_level >= 0
-        or _functorch.maybe_current_level() is not None
-        or (mask is not None and _unfit_mask(mask, x.dtype) is not None)
-    ):
+    unfit = (
+        _barred()
+        or _unfit("x", x)
+        or (mask is not None and _unfit_option("mask", mask, (torch.bool, torch.float32, x.dtype)))
+    )
+    if unfit or x.dim() == 0 or x.dtype not in (_CPU_DTYPES if x.is_cpu else _CUDA_DTYPES):
         return _plain_softmax(x, causal, mask, scale)
     shape = x.shape
     if x.dim() > 4:  # the operator takes four; fold the leading ones
-        if mask is not None and mask.dim() > 3:
-            mask = mask.expand(shape).flatten(0, -4)
+        mask = mask.expand(shape).flatten(0, -4) if mask is not None and mask.dim() > 3 else mask
         x = x.flatten(0, -4)
     y = _softmax(x, mask, float(scale), causal)
     return y.reshape(shape) if y.dim() != len(shape) else y
-
-
-# ------------------------------------------------------------------------------------------------ plain PyTorch
 
 
 def _plain_softmax(x: Tensor, causal: bool, mask: Tensor | None, scale: float) -> Tensor:
@@ -371,9 +311,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions: x (B, H, T, D) and the last T rows of cos and sin (Tk, D/2) or (B, Tk, D/2) -> R x."""
     if x.shape[2] > cos.shape[-2]:
         raise RuntimeError(f"rotary with {x.shape[2]} queries and {cos.shape[-2]} keys; wanted at least as many keys")
-    cos, sin = (
-        t.unsqueeze(-3)[..., t.shape[-2] - x.shape[2] :, :] for t in (cos, sin)
-    )  # (1, T, D/2) or (B, 1, T, D/2)
+    cos, sin = (t[..., t.shape[-2] - x.shape[2] :, :].unsqueeze(-3) for t in (cos, sin))  # (1, T, D/2), perhaps (B, ..)
     a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
@@ -381,19 +319,16 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _plain_attention(q, k, v, causal, mask, scale, cu_seqlens=None, window=0, slopes=None, softcap=0.0, rotary=None):
     if rotary is not None:
         q, k = _turn(q, *rotary), _turn(k, *rotary)
-    groups = q.shape[1] // max(k.shape[1], 1)
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, Tk, D), (B, H, Tk, Dv)
+    k, v = (x.repeat_interleave(q.shape[1] // max(x.shape[1], 1), 1) for x in (k, v))  # (B, H, Tk, D), (B, H, Tk, Dv)
     s = q @ k.mT  # (B, H, Tq, Tk)
     if softcap or window or slopes is not None or cu_seqlens is not None:
         s, scale = scale * (s if s.dtype == torch.float64 else s.float()), 1.0
         B, _, Tq, Tk = s.shape
         i, j = torch.arange(Tq, device=q.device)[:, None] + Tk - Tq, torch.arange(Tk, device=q.device)
-        if softcap:
-            s = softcap * torch.tanh(s / softcap)
+        s = softcap * torch.tanh(s / softcap) if softcap else s
         if slopes is not None:  # (H,) or (B, H)
             s = s - slopes[..., None, None] * (i - j).abs()
-        if window:
-            s = s.masked_fill((i - j).abs() >= window, -math.inf)
+        s = s.masked_fill((i - j).abs() >= window, -math.inf) if window else s
         if cu_seqlens is not None:
             token = torch.arange(B * Tk, device=q.device)
             document = torch.searchsorted(cu_seqlens.to(token), token, right=True).view(B, 1, 1, Tk)
@@ -413,5 +348,4 @@ if __name__ == "__main__":
     exact = _plain_attention(q.double(), k.double(), v.double(), True, None, 0.125)
     error = (attention(q, k, v, causal=True) - exact).abs().max().item()
     print(f"  7 queries over 9 keys, 8 heads on 2, causal: largest error against float64 {error:.1e}")
-    print(f"  q.double(): {why_not(q.double()) or 'fused'}")
     print(f"  head size 300: {why_not(torch.zeros(1, 1, 1, 300)) or 'fused'}")
