@@ -159,8 +159,7 @@ def _eager(op, context, backward, leaves: int):
     return call
 
 
-_reason = _load()  # None: the operators are there
-_cuda = False
+_reason, _cuda = _load(), False  # None: the operators are there
 if _reason is None:
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("minimal::attention", "CUDA")
     _cuda = has_cuda and os.environ.get("MINIMAL_FUSED") == "cuda"
