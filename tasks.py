@@ -270,8 +270,8 @@ class Chats:
 
     def __init__(self, s, tokenizer, train, val, base=None):
         self.s, self.tokenizer, self.val, self.format = s, tokenizer, val, chat_format(tokenizer)
-        most = base and (context_of(base) or 0) - taken_by(s, base)
-        limit = f"--seq-len {s.seq_len}" + (f" (the base takes up to {most:,})" if base and most > s.seq_len else "")
+        room = base and (context_of(base) or 0) - taken_by(s, base)
+        limit = f"--seq-len {s.seq_len}" + (f" (the base takes up to {room:,})" if base and room > s.seq_len else "")
         features, report = fit_rows([self.format.feature(row, s.train_on) for row in train], s.seq_len, limit)
         held_out, lost = fit_rows([self.format.feature(row) for row in val], s.seq_len, limit)
         ends = itertools.accumulate(len(f["ids"]) for f in held_out)  # the same rows whether they are packed or not
