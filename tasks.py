@@ -297,8 +297,8 @@ class Chats:
     def __init__(self, s, tokenizer, train, val, base=None, whole=False):
         """whole: all of val is scored, and not only as much as evaluations during training have time for."""
         self.s, self.tokenizer, self.val, self.format = s, tokenizer, val, chat_format(tokenizer)
-        most = base and (context_of(base) or 0) - taken_by(s, base)
-        limit = f"--seq-len {s.seq_len}" + (f" (the base takes up to {most:,})" if base and most > s.seq_len else "")
+        room = base and (context_of(base) or 0) - taken_by(s, base)
+        limit = f"--seq-len {s.seq_len}" + (f" (the base takes up to {room:,})" if base and room > s.seq_len else "")
         features = [self.format.feature(row, s.train_on) | {"where": f" ({row['where']})"} for row in train]
         # Without training rows there is nothing to train on, but to score: --eval of a model that others trained.
         features, report = fit_rows(features, s.seq_len, limit) if train else ([], "")

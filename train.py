@@ -746,7 +746,8 @@ def resume_run(name, changed, given):
                 raise ValueError(f"{flag(field.name)} {new}: the run in {out} has {old}, which resuming cannot change")
             print(f"{flag(field.name)}: {old} -> {new}")
             setattr(s, field.name, new)
-    closing = status == "unfinished" and saved.get("over")  # only its last evaluation, samples and plot are missing
+    # Whether only the scores, samples and plot of its end are missing.
+    closing = saved.get("over") if status == "unfinished" else not (out / "metrics.json").exists()
     if s.steps <= step and status != "begun" and not closing:
         raise ValueError(f"--resume {out}: {status} at step {step}; to go on, add --steps with more than {step}")
     return run(complete(s), resume=None if status == "begun" else status)  # begun: killed before its first checkpoint

@@ -370,6 +370,9 @@ def test_an_interrupted_closing_is_done_by_resume(where, flags, monkeypatch, cap
     assert os.path.exists("out/parts/loss.png")
     if not flags:
         fails(["--resume", "out/parts"], capsys, "finished at step 12; to go on, add --steps with more than 12")
+        os.remove("out/parts/metrics.json")
+        train.main(["--resume", "out/parts"])
+        assert os.path.exists("out/parts/metrics.json")
 
 
 def test_uses_say_which_model_they_chose(monkeypatch, capsys):
