@@ -398,8 +398,8 @@ def test_one_unigram_for_every_method_and_for_eval(capsys):
 
     base = pretrain("--seq-len", "128")
     found = []
-    for method in ("lora", "prompt"):
-        out = finetune(method, "--base", str(base), "--virtual-tokens", "3", steps=2)
+    for method, flags in (("lora", []), ("prompt", ["--virtual-tokens", "3"])):
+        out = finetune(method, "--base", str(base), *flags, steps=2)
         found.append(json.loads((out / "metrics.json").read_text())["baselines"])
         train.main(["--base", str(out), "--eval", "--threads", "1"])
         found.append(json.loads((out / "metrics.json").read_text())["baselines"])
