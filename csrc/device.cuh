@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What the CUDA kernels share. No kernel file sees a header of torch, so that nvcc compiles it for the GPU in seconds and
-// g++ for the CPU, where the tests execute it (tests/cuda/cuda_on_cpu.h).
+// What the CUDA kernels share. No kernel file sees a header of torch, so that nvcc compiles it for the GPU in seconds,
+// and g++ for the CPU, where the tests execute it (tests/cuda/cuda_on_cpu.h).
 #pragma once
 #include <cstdint>
 #ifdef MINIMAL_CUDA_ON_CPU

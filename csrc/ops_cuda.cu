@@ -108,8 +108,8 @@ View view(const char* op, const char* name, const Tensor& t, int32_t device, int
     overflow |= __builtin_add_overflow(last, step, &last);
   }
   overflow |= __builtin_mul_overflow(last + 1, bytes, &end);
-  STD_TORCH_CHECK(!overflow && end <= held, op, ": ", name, " has shape ", shape(t), " but its storage holds only ", held,
-                  " bytes");
+  STD_TORCH_CHECK(!overflow && end <= held, op, ": ", name, " has shape ", shape(t), " but its storage holds only ",
+                  held, " bytes");
   v.data = const_cast<void*>(t.const_data_ptr());  // the kernels only read their inputs
   STD_TORCH_CHECK(v.data != nullptr, op, ": ", name, " has no memory");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(v.data) % bytes == 0, op, ": ", name,
@@ -118,11 +118,12 @@ View view(const char* op, const char* name, const Tensor& t, int32_t device, int
 }
 
 void check_float(const char* op, const char* name, const View& v) {
-  STD_TORCH_CHECK(is_float(v.type), op, ": ", name, " has dtype ", name_of(v.type), "; wanted float32, float16 or bfloat16");
+  STD_TORCH_CHECK(is_float(v.type), op, ": ", name, " has dtype ", name_of(v.type),
+                  "; wanted float32, float16 or bfloat16");
 }
 void check_same_type(const char* op, const char* name, const View& v, const char* as, const View& other) {
-  STD_TORCH_CHECK(v.type == other.type, op, ": ", name, " has dtype ", name_of(v.type), "; wanted ", name_of(other.type), ", as ",
-                  as);
+  STD_TORCH_CHECK(v.type == other.type, op, ": ", name, " has dtype ", name_of(v.type), "; wanted ",
+                  name_of(other.type), ", as ", as);
 }
 
 template <class T>
@@ -134,8 +135,8 @@ View4<T> shown(const View& v) {
 Mask mask_of(const char* op, const std::optional<Tensor>& mask, const Tensor& x, const View& vx) {
   if (!mask.has_value()) return {};
   View m = view(op, "mask", *mask, x.get_device_index(), 0, x.dim());
-  STD_TORCH_CHECK(m.type == ScalarType::Bool || m.type == ScalarType::Float || m.type == vx.type, op, ": mask has dtype ",
-                  name_of(m.type), "; wanted bool, float32 or ", name_of(vx.type));
+  STD_TORCH_CHECK(m.type == ScalarType::Bool || m.type == ScalarType::Float || m.type == vx.type, op,
+                  ": mask has dtype ", name_of(m.type), "; wanted bool, float32 or ", name_of(vx.type));
   for (int d = 0; d < 4; d++) {
     STD_TORCH_CHECK(m.size[d] == vx.size[d] || m.size[d] == 1, op, ": mask has shape ", shape(*mask),
                     "; wanted a shape that broadcasts to ", shape(x));
@@ -168,7 +169,8 @@ struct Launch {
     STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA says: ", cudaGetErrorString(error));
   }
   template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, const Arguments&... arguments) const {
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
+                  const Arguments&... arguments) const {
     if (shared > 48 * 1024)  // more has to be asked for
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     kernel<<<unsigned(blocks), unsigned(threads), size_t(shared), stream>>>(arguments...);
@@ -204,8 +206,8 @@ Tensor softmax_backward(const Tensor& grad, const Tensor& y, double scale) {
   const View vy = view(op, "y", y, device, 1), vg = view(op, "grad", grad, device, 1);
   check_float(op, "y", vy);
   check_same_type(op, "grad", vg, "y", vy);
-  STD_TORCH_CHECK(grad.dim() == y.dim() && vg.size == vy.size, op, ": grad has shape ", shape(grad), "; wanted ", shape(y),
-                  ", as y");
+  STD_TORCH_CHECK(grad.dim() == y.dim() && vg.size == vy.size, op, ": grad has shape ", shape(grad), "; wanted ",
+                  shape(y), ", as y");
   Tensor dx = torch::stable::new_empty(y, y.sizes());
   if (y.numel() == 0) return dx;
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -218,8 +220,8 @@ Tensor softmax_backward(const Tensor& grad, const Tensor& y, double scale) {
   return dx;
 }
 
-// A tensor (B, heads, T, D) for the attention kernels, which read 16 bytes at a time: one that does not lie so is copied,
-// and `t` is then the copy.
+// A tensor (B, heads, T, D) for the attention kernels, which read 16 bytes at a time: one that does not lie so is
+// copied, and `t` is then the copy.
 Strided rows(Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   const int64_t bytes = t.scalar_type() == ScalarType::Float ? 4 : 2;
@@ -249,10 +251,10 @@ struct Attention {
   View vq, vk, vv;
   AttentionArgs a;
 
-  Attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double scale,
-            bool causal, const std::optional<Tensor>& cu_seqlens, int64_t window, const std::optional<Tensor>& slopes,
-            double softcap, const std::optional<Tensor>& cos,
-            const std::optional<Tensor>& sin)
+  Attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
+            double scale, bool causal, const std::optional<Tensor>& cu_seqlens, int64_t window,
+            const std::optional<Tensor>& slopes, double softcap,
+            const std::optional<Tensor>& cos, const std::optional<Tensor>& sin)
       : op(op), device(device_of(op, "q", q)), q(q), k(k), v(v), documents(cu_seqlens), vq(view(op, "q", q, device, 4)),
         vk(view(op, "k", k, device, 4)), vv(view(op, "v", v, device, 4)) {
     STD_TORCH_CHECK(!mask.has_value(), op, ": mask: the CUDA kernels take none");
@@ -273,8 +275,8 @@ struct Attention {
                     ", as k: the CUDA kernels take values of the size of a head");
     if (documents.has_value()) {
       const View d = view(op, "cu_seqlens", *documents, device, 1, 1);
-      STD_TORCH_CHECK(d.type == ScalarType::Int && d.size[3] >= 2, op, ": cu_seqlens has dtype ", name_of(d.type), " and shape ",
-                      shape(*documents), "; wanted int32 and 2 or more, from 0 to B * T");
+      STD_TORCH_CHECK(d.type == ScalarType::Int && d.size[3] >= 2, op, ": cu_seqlens has dtype ", name_of(d.type),
+                      " and shape ", shape(*documents), "; wanted int32 and 2 or more, from 0 to B * T");
       STD_TORCH_CHECK(Tq == Tk, op, ": cu_seqlens needs as many queries as keys, not ", Tq, " and ", Tk);
       documents = torch::stable::contiguous(*documents);
       a.documents = static_cast<const int32_t*>(documents->const_data_ptr());
@@ -287,7 +289,8 @@ struct Attention {
   }
   void check_size(const char* name, const Tensor& t, const View& vt) const {
     check_same_type(op, name, vt, "q", vq);
-    STD_TORCH_CHECK(vt.size == vq.size, op, ": ", name, " has shape ", shape(t), "; wanted ", shape(q), " = (B, H, Tq, D)");
+    STD_TORCH_CHECK(vt.size == vq.size, op, ": ", name, " has shape ", shape(t), "; wanted ", shape(q),
+                    " = (B, H, Tq, D)");
   }
   void check_fit(bool backward) const {
     const char* reason = minimal::cuda::attention_unfit(a, backward);
@@ -295,8 +298,9 @@ struct Attention {
   }
 };
 
-std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
-                                     double scale, bool causal, const std::optional<Tensor>& cu_seqlens, int64_t window,
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const std::optional<Tensor>& mask, double scale, bool causal,
+                                     const std::optional<Tensor>& cu_seqlens, int64_t window,
                                      const std::optional<Tensor>& slopes, double softcap,
                                      const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
   const char* op = "minimal::attention";
@@ -311,10 +315,10 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
-                                                      const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask,
-                                                      double scale, bool causal, const std::optional<Tensor>& cu_seqlens,
-                                                      int64_t window, const std::optional<Tensor>& slopes, double softcap, const std::optional<Tensor>& cos,
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+    const std::optional<Tensor>& mask, double scale, bool causal, const std::optional<Tensor>& cu_seqlens,
+    int64_t window, const std::optional<Tensor>& slopes, double softcap, const std::optional<Tensor>& cos,
     const std::optional<Tensor>& sin) {
   const char* op = "minimal::attention_backward";
   const torch::stable::accelerator::DeviceGuard guard(device_of(op, "q", q));

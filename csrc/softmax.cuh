@@ -105,9 +105,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     softmax_kernel(View4<const T> x, Mask mask, Shape4 shape, float scale, bool causal, T* y) {
   MINIMAL_SHARED(float, part, THREADS / 32);
   const int64_t total = shape.B * shape.H * shape.rows, columns = shape.columns;
-  const int64_t rows_a_block = THREADS / ROW_THREADS, step = int64_t(ROW_THREADS) * V;
+  const int64_t at_once = THREADS / ROW_THREADS, step = int64_t(ROW_THREADS) * V;
   const int64_t first = int64_t(threadIdx.x % ROW_THREADS) * V;
-  for (int64_t row = blockIdx.x * rows_a_block + threadIdx.x / ROW_THREADS; row < total; row += gridDim.x * rows_a_block) {
+  for (int64_t row = blockIdx.x * at_once + threadIdx.x / ROW_THREADS; row < total; row += gridDim.x * at_once) {
     const T* const x_row = x.data + row_start(x, shape, row);
     const int64_t mask_row = row_start(mask.view, shape, row);
     T* const y_row = y + row * columns;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
       scores<T, V>(x_row, x.stride[3], mask, mask_row, scale, c, n, s);
 #pragma unroll
       for (int i = 0; i < V; i++) next = fmaxf(next, s[i]);
-      const float from = next == -INF ? 0 : next;  // nothing seen yet: exp(-inf - 0) = 0, where -inf - -inf would be NaN
+      const float from = next == -INF ? 0 : next;  // nothing seen yet: -inf - -inf would be NaN
       l *= __expf(m - from);
 #pragma unroll
       for (int i = 0; i < V; i++) l += __expf(s[i] - from);
@@ -150,9 +150,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     softmax_backward_kernel(View4<const T> dy, View4<const T> y, Shape4 shape, float scale, T* dx) {
   MINIMAL_SHARED(float, part, THREADS / 32);
   const int64_t total = shape.B * shape.H * shape.rows, columns = shape.columns;
-  const int64_t rows_a_block = THREADS / ROW_THREADS, step = int64_t(ROW_THREADS) * V;
+  const int64_t at_once = THREADS / ROW_THREADS, step = int64_t(ROW_THREADS) * V;
   const int64_t first = int64_t(threadIdx.x % ROW_THREADS) * V;
-  for (int64_t row = blockIdx.x * rows_a_block + threadIdx.x / ROW_THREADS; row < total; row += gridDim.x * rows_a_block) {
+  for (int64_t row = blockIdx.x * at_once + threadIdx.x / ROW_THREADS; row < total; row += gridDim.x * at_once) {
     const T* const dy_row = dy.data + row_start(dy, shape, row);
     const T* const y_row = y.data + row_start(y, shape, row);
     float a[V], b[V], D = 0;
@@ -181,17 +181,18 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
 template <class T>
 bool in_packs(const View4<T>& v) {
   constexpr int64_t V = 16 / sizeof(T);
-  return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.stride[3] == 1 && v.stride[0] % V == 0 && v.stride[1] % V == 0 &&
-         v.stride[2] % V == 0;
+  const bool rows = v.stride[0] % V == 0 && v.stride[1] % V == 0 && v.stride[2] % V == 0;
+  return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && rows && v.stride[3] == 1;
 }
 inline unsigned grid_of(const Shape4& shape) {
   const int64_t rows = shape.B * shape.H * shape.rows, rows_a_block = shape.columns <= WARP_ROW ? THREADS / 32 : 1;
   return unsigned(min((rows + rows_a_block - 1) / rows_a_block, int64_t(1) << 30));
 }
 
-// launch(kernel, blocks, threads, bytes of shared memory, arguments...) runs it, on the GPU or on the CPU. No dimension is 0.
+// launch(kernel, blocks, threads, bytes of shared memory, arguments...) runs it. No dimension may be 0.
 template <class T, class Launch>
-void softmax_forward(const View4<const T>& x, const Mask& mask, const Shape4& shape, float scale, bool causal, T* y, Launch launch) {
+void softmax_forward(const View4<const T>& x, const Mask& mask, const Shape4& shape, float scale, bool causal, T* y,
+                     Launch launch) {
   constexpr int V = 16 / sizeof(T);
   const bool packs = in_packs(x) && in_packs(View4<T>{y, {0, 0, shape.columns, 1}}), warp = shape.columns <= WARP_ROW;
   const auto kernel = packs ? (warp ? softmax_kernel<T, V, 32> : softmax_kernel<T, V, THREADS>)
@@ -200,7 +201,8 @@ void softmax_forward(const View4<const T>& x, const Mask& mask, const Shape4& sh
 }
 
 template <class T, class Launch>
-void softmax_backward(const View4<const T>& dy, const View4<const T>& y, const Shape4& shape, float scale, T* dx, Launch launch) {
+void softmax_backward(const View4<const T>& dy, const View4<const T>& y, const Shape4& shape, float scale, T* dx,
+                      Launch launch) {
   constexpr int V = 16 / sizeof(T);
   const bool packs = in_packs(dy) && in_packs(y) && in_packs(View4<T>{dx, {0, 0, shape.columns, 1}});
   const bool warp = shape.columns <= WARP_ROW;

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -176,13 +177,13 @@ SOFTMAX_BUGS = {
         dict.fromkeys(ORDERS, "lane that has returned|lane returns while others wait|divergent warp|deadlock"),
     ),
     "rows past the last one": (
-        "row < total; row += gridDim.x * rows_a_block) {\n    const T* const x_row",
-        "row <= total; row += gridDim.x * rows_a_block) {\n    const T* const x_row",
+        "row < total; row += gridDim.x * at_once) {\n    const T* const x_row",
+        "row <= total; row += gridDim.x * at_once) {\n    const T* const x_row",
         {"address": "heap-buffer-overflow"},
     ),
     "16 bytes from an address that is no multiple of 16": (
-        "v.stride[1] % V == 0 &&\n         v.stride[2] % V == 0",
-        "true",
+        "v.stride[2] % V == 0;",
+        "true;",
         {"address": "misaligned address"},
     ),
     "a write past shared memory": (
@@ -192,13 +193,13 @@ SOFTMAX_BUGS = {
     ),
     "all blocks write the first rows": (
         "T* const y_row = y + row * columns;",
-        "T* const y_row = y + row % rows_a_block * columns;",
+        "T* const y_row = y + row % at_once * columns;",
         {"first in": "error nan", "thread": "data race"},
     ),
     "all blocks write all rows, the same": (
-        "row = blockIdx.x * rows_a_block + threadIdx.x / ROW_THREADS; row < total; row += gridDim.x * rows_a_block) {\n"
+        "row = blockIdx.x * at_once + threadIdx.x / ROW_THREADS; row < total; row += gridDim.x * at_once) {\n"
         "    const T* const x_row",
-        "row = threadIdx.x / ROW_THREADS; row < total; row += rows_a_block) {\n    const T* const x_row",
+        "row = threadIdx.x / ROW_THREADS; row < total; row += at_once) {\n    const T* const x_row",
         {"thread": "data race"},
     ),
 }
@@ -504,7 +505,7 @@ def test_cross_build_links_and_loads(cross_build):
         torch.testing.assert_close(torch.ops.minimal.softmax(x, None, 1.0, False), x.softmax(-1))
     """
     ops = ["softmax", "softmax_backward", "attention", "attention_backward"]
-    command = [sys.executable, "-c", "\n".join(line.strip() for line in program.splitlines()), *ops]
+    command = [sys.executable, "-c", textwrap.dedent(program), *ops]
     done = subprocess.run(
         command, cwd=cross_build[0], env={**os.environ, "PYTHONPATH": "."}, capture_output=True, text=True
     )

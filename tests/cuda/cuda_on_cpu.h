@@ -46,7 +46,7 @@
   T* const name = static_cast<T*>(::cuda_on_cpu::shared_array(&name##_place, sizeof(T) * (n)))
 #define MINIMAL_DYN_SHARED(T, name) T* const name = static_cast<T*>(::cuda_on_cpu::block->dynamic)
 
-// ---- the types of CUDA that kernels use -----------------------------------------------------------------------------
+// ---- as much of CUDA's types and functions as the kernels use -------------------------------------------------------
 
 struct uint3 { unsigned x, y, z; };
 struct dim3 {
@@ -54,56 +54,44 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(16) int4 { int x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
 template <class To, class From>
-inline To same_bits(From from) {
+To same_bits(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof to);
   return to;
 }
-inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
-inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
-inline int __float_as_int(float x) { return same_bits<int>(x); }
-inline float __int_as_float(int x) { return same_bits<float>(x); }
-
 struct __half { _Float16 value; };
 struct __nv_bfloat16 { uint16_t bits; };
 struct alignas(4) __half2 { __half x, y; };
 struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
 inline float __half2float(__half h) { return float(h.value); }
-inline __half __float2half(float x) { return {_Float16(x)}; }
-inline __half __float2half_rn(float x) { return {_Float16(x)}; }
 inline float __bfloat162float(__nv_bfloat16 b) { return same_bits<float>(uint32_t(b.bits) << 16); }
-inline __nv_bfloat16 __float2bfloat16(float x) {
+inline __half __float2half_rn(float x) { return {_Float16(x)}; }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   const uint32_t u = same_bits<uint32_t>(x);
   if (x != x) return {0x7fff};
   return {uint16_t((u + 0x7fffu + (u >> 16 & 1u)) >> 16)};  // to nearest, ties to even
 }
-inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __float2bfloat16(x); }
-inline __half2 __floats2half2_rn(float x, float y) { return {__float2half(x), __float2half(y)}; }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16(x), __float2bfloat16(y)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
 inline float2 __half22float2(__half2 h) { return {__half2float(h.x), __half2float(h.y)}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 b) { return {__bfloat162float(b.x), __bfloat162float(b.y)}; }
 
 using std::max;
 using std::min;
 inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __fmul_rn(float a, float b) { return a * b; }  // to be compiled with -ffp-contract=off
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
-template <class T>
-inline T __ldg(const T* p) { return *p; }
+inline float __fmul_rn(float x, float y) { return x * y; }  // compile with -ffp-contract=off
+inline float __fadd_rn(float x, float y) { return x + y; }
 
 // ---- what the sanitizers have to be told ----------------------------------------------------------------------------
 
@@ -143,20 +131,10 @@ asm(R"(
   .weak cuda_on_cpu_switch
   .type cuda_on_cpu_switch, @function
 cuda_on_cpu_switch:
-  pushq %r15
-  pushq %r14
-  pushq %r13
-  pushq %r12
-  pushq %rbp
-  pushq %rbx
+  pushq %r15; pushq %r14; pushq %r13; pushq %r12; pushq %rbp; pushq %rbx
   movq %rsp, (%rdi)
   movq %rsi, %rsp
-  popq %rbx
-  popq %rbp
-  popq %r12
-  popq %r13
-  popq %r14
-  popq %r15
+  popq %rbx; popq %rbp; popq %r12; popq %r13; popq %r14; popq %r15
   ret
   .size cuda_on_cpu_switch, . - cuda_on_cpu_switch
   .popsection
@@ -255,10 +233,7 @@ inline void jump(Context& from, Context& to, [[maybe_unused]] bool for_good = fa
   CUDA_ON_CPU_ASAN(__sanitizer_finish_switch_fiber(from.fake, nullptr, nullptr);)
 }
 
-inline void wait() {
-  Thread& self = me();
-  jump(self.context, block->scheduler);
-}
+inline void wait() { jump(me().context, block->scheduler); }
 
 // Ends the launch. Kernels hold nothing that would have to be destroyed, so their stacks can be left as they are.
 [[noreturn]] inline void fail(const std::string& what) {
@@ -283,7 +258,7 @@ inline void barrier(int line) {
   Unwatched here;
   Block& b = *block;
   if (b.waiting && b.line != line)
-    fail("divergent barrier: " + place("__syncthreads", line) + " while others wait in that of line " + std::to_string(b.line));
+    fail("divergent barrier: " + place("__syncthreads", line) + " while others are at line " + std::to_string(b.line));
   b.line = line;
   char* const clock = b.clocks + b.barriers % 2;  // two: who leaves one late must not see what others did since
   release(clock);
@@ -302,7 +277,6 @@ void meet(unsigned mask, const char* what, int line, Lane& mine, Act act) {
   if (mask & ~w.living) fail(place(what, line) + ": its mask names a lane that has returned");
   if (w.arrived && (w.mask != mask || w.what != what || w.line != line))
     fail("divergent warp: " + place(what, line) + " while other lanes are in " + place(w.what, w.line));
-  if (w.arrived & bit) fail(place(what, line) + ": called twice by one lane");
   w.mask = mask, w.what = what, w.line = line;
   w.lane[lane()] = &mine;
   w.arrived |= bit;
@@ -337,22 +311,6 @@ T shuffle(unsigned mask, T value, int from, const char* what, int line) {
   return mine.result;
 }
 
-inline unsigned ballot(unsigned mask, bool yes, const char* what, int line) {
-  struct Lane {
-    bool yes;
-    unsigned result;
-  };
-  Unwatched here;
-  Lane mine{yes, 0};
-  meet(mask, what, line, mine, [](Lane** lanes) {
-    unsigned all = 0;
-    for (int i = 0; i < 32; i++) all |= lanes[i] && lanes[i]->yes ? 1u << i : 0;
-    for (int i = 0; i < 32; i++)
-      if (lanes[i]) lanes[i]->result = all;
-  });
-  return mine.result;
-}
-
 inline void sync_warp(unsigned mask, int line) {
   Unwatched here;
   char* const clock = block->clocks + 2 + 2 * (me().number / 32) + warp().met % 2;
@@ -377,8 +335,8 @@ inline void* shared_array(const void* which, size_t bytes) {
 
 // ---- instructions of PTX --------------------------------------------------------------------------------------------
 
-inline float as_float(const __half*, uint16_t bits) { return __half2float(same_bits<__half>(bits)); }
-inline float as_float(const __nv_bfloat16*, uint16_t bits) { return __bfloat162float({bits}); }
+inline float as_float(__half*, uint16_t bits) { return __half2float(same_bits<__half>(bits)); }
+inline float as_float(__nv_bfloat16*, uint16_t bits) { return __bfloat162float({bits}); }
 
 // mma.sync.aligned.m16n8k16.row.col.f32.T.T.f32, d += a b. With g = lane / 4 and t = lane % 4, half h of register r is
 //     a: row g + 8 (r % 2), column 2 t + h + 8 (r / 2)      b: row 2 t + h + 8 r, column g
@@ -600,7 +558,9 @@ const char* error_of(F f) {
 #define gridDim (::cuda_on_cpu::block->grid)
 
 inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::barrier(line); }
-inline void __syncwarp(unsigned mask = cuda_on_cpu::FULL, int line = __builtin_LINE()) { cuda_on_cpu::sync_warp(mask, line); }
+inline void __syncwarp(unsigned mask = cuda_on_cpu::FULL, int line = __builtin_LINE()) {
+  cuda_on_cpu::sync_warp(mask, line);
+}
 template <class T>
 T __shfl_sync(unsigned mask, T x, int from, int line = __builtin_LINE()) {
   return cuda_on_cpu::shuffle(mask, x, from & 31, "__shfl_sync", line);
@@ -613,13 +573,4 @@ template <class T>
 T __shfl_down_sync(unsigned mask, T x, unsigned by, int line = __builtin_LINE()) {
   const int from = cuda_on_cpu::lane() + int(by);
   return cuda_on_cpu::shuffle(mask, x, from < 32 ? from : cuda_on_cpu::lane(), "__shfl_down_sync", line);
-}
-inline unsigned __ballot_sync(unsigned mask, int yes, int line = __builtin_LINE()) {
-  return cuda_on_cpu::ballot(mask, yes, "__ballot_sync", line);
-}
-inline int __any_sync(unsigned mask, int yes, int line = __builtin_LINE()) {
-  return cuda_on_cpu::ballot(mask, yes, "__any_sync", line) != 0;
-}
-inline int __all_sync(unsigned mask, int yes, int line = __builtin_LINE()) {
-  return cuda_on_cpu::ballot(mask, yes, "__all_sync", line) == mask;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // How the tests reach kernels that run on the CPU: every entry takes whole numbers, real numbers and pointers, in an
-// order of its own, and returns nullptr or what went wrong. So one caller, in Python or in program.cpp, serves them all.
+// order of its own, and returns nullptr or what went wrong. So one caller, in Python or in program.h, serves them all.
 #pragma once
 #include "cuda_on_cpu.h"
 #ifdef MINIMAL_PROGRAM

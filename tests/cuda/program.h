@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// A main function that calls entries, for a process that a sanitizer may end. A call on standard input is, in numbers of
-// 64 bits: order and seed of the schedule; the length of the entry's name, and the name; how many whole numbers, and
+// A main function that calls entries, for a process that a sanitizer may end. A call on standard input is, in numbers
+// of 64 bits: order and seed of the schedule; the length of the entry's name, and the name; how many whole numbers, and
 // they; how many real ones, and they; how many buffers, and for each its size (-1: a null pointer), its distance from a
 // multiple of 16 bytes, and its bytes. The answer is the length of the error's text, the text, and all buffers.
 #pragma once

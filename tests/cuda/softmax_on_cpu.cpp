@@ -17,7 +17,8 @@ ENTRY(softmax) {
   return with_dtype(n[0], [&](auto zero) {
     using T = decltype(zero);
     const Mask mask{view<const void>(p[1], n + 11), static_cast<MaskType>(n[2])};
-    softmax_forward<T>(view<const T>(p[0], n + 7), mask, shape(n + 3), float(f[0]), n[1], static_cast<T*>(p[2]), launch);
+    const auto x = view<const T>(p[0], n + 7);
+    softmax_forward<T>(x, mask, shape(n + 3), float(f[0]), n[1], static_cast<T*>(p[2]), launch);
   });
 }
 
@@ -25,6 +26,7 @@ ENTRY(softmax) {
 ENTRY(softmax_backward) {
   return with_dtype(n[0], [&](auto zero) {
     using T = decltype(zero);
-    softmax_backward<T>(view<const T>(p[0], n + 5), view<const T>(p[1], n + 9), shape(n + 1), float(f[0]), static_cast<T*>(p[2]), launch);
+    const auto dy = view<const T>(p[0], n + 5), y = view<const T>(p[1], n + 9);
+    softmax_backward<T>(dy, y, shape(n + 1), float(f[0]), static_cast<T*>(p[2]), launch);
   });
 }
