@@ -182,7 +182,7 @@ SOFTMAX_BUGS = {
         {"address": "heap-buffer-overflow"},
     ),
     "16 bytes from an address that is no multiple of 16": (
-        "v.stride[2] % V == 0;",
+        "v.stride[1] % V == 0 && v.stride[2] % V == 0;",
         "true;",
         {"address": "misaligned address"},
     ),

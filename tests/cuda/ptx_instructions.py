@@ -8,6 +8,7 @@ Reference: NVIDIA, PTX ISA 9.0, chapter 9.
 """
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 from ptx_memory import Fault
@@ -97,6 +98,13 @@ def quotient(x, y):
     return (x - np.fmod(x, y)) // y
 
 
+def rounded_once(x, y, z):
+    """x y + z of doubles, exactly, then rounded: NumPy has nothing wide enough."""
+    if not np.isfinite([x, y, z]).all():
+        return x * y + z
+    return float(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)))
+
+
 INTEGER = {"div": quotient, "rem": lambda x, y: x - y * quotient(x, y), "min": np.minimum, "max": np.maximum}
 FLOAT = {"div": np.divide, "min": np.fmin, "max": np.fmax, "rcp": lambda x: 1 / x, "sqrt": np.sqrt}
 FLOAT |= {"ex2": lambda x: np.exp2(x, dtype=np.float64), "lg2": lambda x: np.log2(x, dtype=np.float64)}
@@ -116,7 +124,7 @@ def multiply(head, flags, types):
         if head == "mul":
             return [np.multiply]
         if type == "f64":
-            raise NotImplementedError("fma.f64")
+            return [np.vectorize(rounded_once, otypes=[np.float64])]
         return [lambda x, y, z: x.astype(np.float64) * y + z]  # as good as rounded once, since the product is exact
     if "lo" in flags:
         return [lambda x, y, z=0: x * y + z]
