@@ -6,7 +6,7 @@
 
 `masked` is softmax(scale x + mask) with an additive mask of a row, against the same in PyTorch. `of copy` is the rate
 at which a call moves what it must, one read and one write forward, two reads and one write backward, over the rate of
-torch.empty_like(x).copy_(x) in the same rounds: 1.0 is as fast as memory. A tensor has 28 MB of float32, as larger ones
+torch.empty_like(x).copy_(x) in the same rounds: 1.0 is as fast as memory. A tensor has 28 MB, as larger ones
 are mapped anew by the C library for each call, and then every contender waits for the kernel's page faults.
 
 The contenders take turns; medians of ratios; the cases that we lose are marked. Writes bench/softmax.json.
@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from minimal import fused  # noqa: E402
 
 WIDTHS = [64, 256, 1024, 4096, 16_384, 50_000]
-NUMBERS = 7_000_000  # in a tensor
+BYTES = 28_000_000  # of a tensor
 
 
 def seconds(f, calls):
@@ -53,7 +53,7 @@ def ratio(above, below):
 
 
 def measure(width, dtype, masked, rounds):
-    x = torch.randn(max(1, NUMBERS // width), width).to(dtype)
+    x = torch.randn(max(1, BYTES // dtype.itemsize // width), width).to(dtype)
     grad = torch.randn(x.shape).to(dtype)
     mask = torch.randn(width).to(dtype)
     paths = (
@@ -119,7 +119,7 @@ def main():
                     print(f"{width:>10}{' masked' * masked:>7}", *cells, sep="   ", flush=True)
     print("(<: we are slower)")
     temporary = HERE / "softmax.json.tmp"
-    temporary.write_text(json.dumps({"about": about, "numbers": NUMBERS, "rows": rows}, indent=1) + "\n")
+    temporary.write_text(json.dumps({"about": about, "bytes": BYTES, "rows": rows}, indent=1) + "\n")
     os.replace(temporary, HERE / "softmax.json")
     print(f"\nwrote {HERE.name}/softmax.json")
 

@@ -307,7 +307,10 @@ static void adjust(const Attention& a, const Tile& t, const Block& k, Sight sigh
         const vf distance = __builtin_convertvector(place - (int32_t)(k.k0 + j), vf);
         x -= alibi * (distance < 0.0f ? -distance : distance);
       }
-      if (masked) x += shared ? splat(room[j]) : load(room + j * NQ + n);
+      if (masked) {
+        const vf m = shared ? splat(room[j]) : load(room + j * NQ + n);
+        x = m == -INF ? m : x + m;  // what is hidden may be NaN
+      }
       store(s + j * NQ + n, x);
     }
   }
@@ -320,7 +323,8 @@ static void softmax_block(const Tile& t, const Block& k, float* s, float* m, flo
   const int64_t NQ = t.NQ;
   for (int64_t n = 0; n < NQ; n += W) {
     const Seen rows = rows_seen(t, k, n);
-    for (const Range hidden : {Range{rows.begin, rows.clear_begin}, Range{rows.clear_end, rows.end}})
+    const Range edges[2] = {{rows.begin, rows.clear_begin}, {rows.clear_end, rows.end}};
+    for (const Range& hidden : edges)
       for (int64_t j = hidden.begin; j < hidden.end; j++)
         store(s + j * NQ + n, seen(t, n, k.k0 + j) ? load(s + j * NQ + n) : splat(-INF));
     const vf before = load(m + n);
@@ -393,7 +397,7 @@ static void forward_tile(const Attention& a, int64_t b, int64_t h, int64_t q0, R
   for (int64_t i = 0; i < qn; i++) write_row(a.out, at(a.out, b, h, q0 + i), o + i * ldo, l[i]);
 }
 
-// K and V of the head that a thread is at. If they cannot be read where they lie, all its tiles share what is made here.
+// K and V of the head that a thread is at, whole: if they cannot be read where they lie, all its tiles share the copy.
 struct Head {
   int64_t b = -1, kv = -1;
   Rows K, V;
@@ -491,7 +495,9 @@ static void backward_range(const Attention& a, int64_t b, Range h_range, Range q
           const vf L = load(lse + n), Delta = load(delta + n);
           const Seen rows = rows_seen(t, k, n);
           for (int64_t j = rows.begin; j < rows.end; j++) {
-            vf P = exp(load(p + j * NQ + n) - L), dS = P * (load(ds + j * NQ + n) - Delta);
+            const vf S_lse = load(p + j * NQ + n) - L;
+            // never above 0 but by the rounding of huge scores: lse may come from another order of additions
+            vf P = exp(S_lse > 0.0f ? vf{} : S_lse), dS = P * (load(ds + j * NQ + n) - Delta);
             if (capped) dS *= load(slope + j * NQ + n);
             if (j < rows.clear_begin || j >= rows.clear_end) {
               const vi here = seen(t, n, k0 + j);

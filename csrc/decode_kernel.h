@@ -76,7 +76,10 @@ static void adjust(const Decode& a, int64_t b, int64_t h, int64_t k0, int64_t n,
     vf x = load(s + j);
     if (z.softcap > 0) x = tanh(x * (1 / z.softcap)) * z.softcap;
     if (z.slopes.data) x -= alibi * __builtin_convertvector((int32_t)(a.k.size[2] - 1 - k0 - j) - lane_numbers(), vf);
-    if (z.mask.data) x += read(z.mask, mask + j * z.mask.stride[3], z.mask.stride[3], n - j);
+    if (z.mask.data) {
+      const vf m = read(z.mask, mask + j * z.mask.stride[3], z.mask.stride[3], n - j);
+      x = m == -INF ? m : x + m;  // what is hidden may be NaN
+    }
     store(s + j, lane_numbers() < (int32_t)(n - j) ? x : splat(-INF));
   }
 }
@@ -99,7 +102,8 @@ static void softmax_step(float* s, int64_t n, float& m, float& l, float* o, int6
 
 // Keys [begin, end) and NG query heads from h on.
 template <int NG, class E>
-static void decode_heads(const Decode& a, int64_t b, int64_t h, int64_t begin, int64_t end, bool fetch, float* q, float* part) {
+static void decode_heads(const Decode& a, int64_t b, int64_t h, int64_t begin, int64_t end, bool fetch, float* q,
+                         float* part) {
   const int64_t D = a.q.size[3], Dv = a.v.size[3], kv = h / (a.q.size[1] / a.k.size[1]), next = HEADER + Dv;
   alignas(64) float s[NG * KEYS], line[W];
   for (int64_t g = 0; g < NG; g++) {

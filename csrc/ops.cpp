@@ -289,8 +289,9 @@ Qkv check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
   s.causal = o.causal;
   STD_TORCH_CHECK(o.window >= 0 && o.window <= kMaxLength, op, ": window is ", o.window, "; wanted 0 (none) to ", kMaxLength);
   s.window = o.window;
-  STD_TORCH_CHECK(o.softcap >= 0 && o.softcap < std::numeric_limits<float>::max(), op, ": softcap is ", o.softcap,
-                  "; wanted 0 (none) or a positive number");
+  using Float = std::numeric_limits<float>;
+  STD_TORCH_CHECK(o.softcap == 0 || (o.softcap >= Float::min() && o.softcap < Float::max()), op, ": softcap is ",
+                  o.softcap, "; wanted 0 (none) or a positive number of float32");
   s.softcap = static_cast<float>(o.softcap);
   if (o.slopes.has_value()) {
     const View m = view(op, "slopes", *o.slopes, kFloat32, 1);
@@ -402,7 +403,6 @@ STABLE_TORCH_LIBRARY_IMPL(minimal, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
 }
-
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Importing this module registers torch.ops.minimal.*; its attributes are facts about the build.";

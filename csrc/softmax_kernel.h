@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: MIT
 // Softmax over rows, forward and backward, at the speed of memory: a row is read from it once and written to it once.
 //
-//     x -> z = scale x + mask, and its maximum M         z is scratch of a row's size, so the passes between find it in
+//     x -> z = scale x + mask, and its maximum M         z is scratch of a few rows, so the passes between find it in
 //     z -> z = exp(z - M), and its sum L                 a first- or second-level cache
 //     z -> y = z / L
 //
 //     dx = scale y (dy - sum(dy y)): the sum, then the rest, which finds dy and y in cache
 //
 // The arithmetic is in the second pass. So that memory never waits for it, this pass also writes the y of the row before,
-// bit by bit, and fetches what will be read AHEAD of it. Short rows are taken several at a time, up to W: M and L of all of
-// them are then found with a few shuffles a row. A result too large for the caches is streamed past them.
+// bit by bit, and fetches what will be read AHEAD of it. Short rows are taken several at a time, up to W: M and L of all
+// of them are then found with a few shuffles a row. A result too large for the caches is streamed past them, where its
+// rows begin on whole vectors.
 
 constexpr float INF = __builtin_inff();
 constexpr int64_t AHEAD = 4096;  // numbers, if a row has fewer
@@ -113,11 +114,15 @@ INLINE vf scores(const E* x, float scale, int64_t n, float* z) {
 }
 INLINE vf scores(const Bf16InOrder*, float, int64_t, float*) { return vf{}; }  // these are read one by one
 // The same with a mask, and of any elements that lie side by side.
-static vf masked_scores(const View& x, int64_t from, const View& mask, int64_t mask_from, float scale, int64_t n, float* z) {
+static vf masked_scores(const View& x, int64_t from, const View& mask, int64_t mask_from, float scale, int64_t n,
+                        float* z) {
   vf m = splat(-INF);
   for (int64_t c = 0; c < round_up(n, 2 * W); c += W) {
     vf s = splat(-INF);
-    if (c < n) s = read(x, from + c, 1, n - c) * scale + (mask.data ? read(mask, mask_from + c, 1, n - c) : vf{});
+    if (c < n) {
+      const vf hidden = mask.data ? read(mask, mask_from + c, 1, n - c) : vf{};
+      s = hidden == -INF ? hidden : read(x, from + c, 1, n - c) * scale + hidden;  // what is hidden may be NaN
+    }
     s = lane_numbers() < (int32_t)(n - c) ? s : splat(-INF);
     store(z + c, s);
     m = maximum(s, m);

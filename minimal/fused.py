@@ -84,7 +84,7 @@ def _fake_attention(q, k, v, mask, scale, causal, cu_seqlens=None, window=0, slo
 
 
 def _fake_attention_backward(grad, q, k, v, out, lse, mask, scale, causal, cu_seqlens=None, *options):
-    _like(q, grad, k, v, out, lse, mask, cu_seqlens)
+    _like(q, grad, k, v, out, lse, mask, cu_seqlens, *(x for x in options if isinstance(x, Tensor)))
     return tuple(_laid_out_as(x, x.shape[3]) for x in (q, k, v))
 
 
@@ -244,7 +244,7 @@ def attention(
 ) -> Tensor:
     """softmax(scale q k^T + mask) v, fused where why_not(q, k, v, mask=mask) is None, else in plain PyTorch.
 
-    q (B, H, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) -> (B, H, Tq, Dv) of q's dtype, laid out as q: without gaps,
+    q (B, H, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) -> (B, H, Tq, Dv) of q's dtype; fused, it is without gaps
     and (B, Tq, H, Dv) in memory where q's heads lie inside its tokens. Hkv divides H: query head h uses key and value
     head h // (H // Hkv). float32 or bfloat16 (summed in float32), any strides.
     mask: boolean (True: may attend) or additive, of any shape that broadcasts to (B, H, Tq, Tk); never copied.
@@ -252,12 +252,12 @@ def attention(
     scale: 1/sqrt(D) by default. Under torch.autocast q, k and v are cast as for F.scaled_dot_product_attention.
     cu_seqlens, int32 or int64 (n + 1,): documents packed into the rows do not see each other. They begin at these
     places in the tokens of all rows laid end to end, from 0 to B T (Tq = Tk = T); no document goes past its row.
-    window > 0: a query sees only keys nearer than that, |i + Tk - Tq - j| < window; what is not seen costs no time.
+    window > 0: a query sees only keys nearer than that, |i + Tk - Tq - j| < window; what no query sees is skipped.
     slopes, float32 (H,) or (B, H): ALiBi (Press et al. 2021, arXiv 2108.12409), adds -slope |i + Tk - Tq - j|.
     softcap > 0: softcap tanh(scale q k^T / softcap), before slopes and mask (Gemma 2, arXiv 2408.00118).
     rotary: cos and sin, float32 (Tk, D/2) or (B, Tk, D/2), that turn the pairs (d, d + D/2) of q and k on their way in
     (Su et al. 2021, arXiv 2104.09864); query i takes row i + Tk - Tq >= 0. Keys from a cache were turned before.
-    Raises RuntimeError, in one line that names the argument, for sizes or dtypes that do not fit together.
+    Raises RuntimeError, fused in one line that names the argument, for sizes or dtypes that do not fit together.
     """
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     if why_not(q, k, v, mask=mask, slopes=slopes, softcap=softcap, rotary=rotary) is not None:

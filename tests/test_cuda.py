@@ -542,3 +542,57 @@ def test_softmax_on_the_gpu(case):
     y = torch.ops.minimal.softmax(on_gpu(x), on_gpu(mask), scale, causal)
     dx = torch.ops.minimal.softmax_backward(on_gpu(grad), y, scale)
     check_softmax(case, (y.cpu(), dx.cpu()))
+
+
+@pytest.mark.cuda
+@needs_gpu
+@given(case=attention_cases(longest=700))
+def test_attention_on_the_gpu(case):
+    q, k, v, grad, scale, causal, window, documents = case
+    options = (None, scale, causal, on_gpu(documents), window)
+    inputs = [on_gpu(x) for x in (q, k, v)]
+    out, lse = torch.ops.minimal.attention(*inputs, *options)
+    assert out.stride(2) == (out.stride(1) * q.shape[1] if 0 < q.stride(1) < q.stride(2) else q.shape[3])
+    gradients = torch.ops.minimal.attention_backward(on_gpu(grad), *inputs, out, lse, *options)
+    check_attention(case, [x.cpu() for x in (out, lse, *gradients)])
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_what_the_kernels_lack_is_said_on_the_gpu():
+    q = torch.randn(1, 2, 5, 32, device="cuda")
+    for message, options in (
+        ("mask: the CUDA kernels take none", (torch.ones(5, 5, device="cuda").bool(), 1.0, False)),
+        ("softcap=2", (None, 1.0, False, None, 0, None, 2.0)),
+        ("window=-1", (None, 1.0, False, None, -1)),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.minimal.attention(q, q, q, *options)
+    with pytest.raises(RuntimeError, match="the head size must be 32, 64, 96 or 128"):
+        torch.ops.minimal.attention(q[..., :16], q[..., :16], q[..., :16], None, 1.0, False)
+
+
+def test_which_tensors_on_a_gpu_would_take_the_kernels(monkeypatch):  # tensors that only pretend to be there
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from minimal import fused
+
+    def empty(H, D, dtype=torch.float16, device="cuda"):
+        return torch.empty(1, H, 5, D, dtype=dtype, device=device)
+
+    with FakeTensorMode():
+        q, k = empty(4, 64), empty(2, 64)
+        if fused.available():
+            assert "MINIMAL_FUSED=cuda" in fused.why_not(q, k, k)
+        monkeypatch.setattr(fused, "_reason", None)
+        monkeypatch.setattr(fused, "_cuda", True)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            assert fused.why_not(*[empty(H, 96, dtype) for H in (4, 2, 2)]) is None
+        for unfit in ([empty(2, 48)] * 3, [q, k, empty(2, 32)]):
+            assert "one head size of (32, 64, 96, 128)" in fused.why_not(*unfit)
+        assert "no mask" in fused.why_not(q, k, k, mask=torch.empty(5, 5, device="cuda")) and fused.why_not(
+            q, softcap=1.0
+        )
+        assert "dtype torch.float64" in fused.why_not(empty(4, 64, torch.float64), k, k)
+        assert "dtype torch.float32" in fused.why_not(q, empty(2, 64, torch.float32), k)
+        assert "float16" in fused.why_not(*[empty(H, 64, device="cpu") for H in (4, 2, 2)])

@@ -399,11 +399,43 @@ def test_every_broadcast_of_a_mask(shape, additive):
 @pytest.mark.parametrize("size", [1e4, 1e12, 1e18])
 def test_huge_logits(isa, size):
     C.choose_instruction_set(isa)
-    q, k, v, _, scale, _, grad = simple(20, 33)
-    case = q * size, k * size, v, None, scale, True, grad
-    got = run_fused(*case[:6])  # one key wins each row: weights of exactly 0 and 1
-    torch.testing.assert_close(got.double(), naive(*(x.double() for x in case[:3]), *case[3:6]), rtol=1e-5, atol=1e-6)
-    assert all(x.isfinite().all() for x in with_grads(run_fused, *case, torch.float32))
+    for q, k, v, _, scale, _, grad in (
+        simple(20, 33),
+        simple(1, 300, D=64, Dv=64),
+    ):  # the second is the decoding kernel's
+        case = q * size, k * size, v, None, scale, True, grad
+        got = run_fused(*case[:6])  # one key wins each row: weights of exactly 0 and 1
+        wanted = naive(*(x.double() for x in case[:3]), *case[3:6])
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+        gradients = with_grads(run_fused, *case, torch.float32)
+        assert all(x.isfinite().all() for x in gradients) and largest(gradients[3]) <= 2.1 * q.shape[2] * largest(grad)
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("Tq, D", [(40, 16), (1, 64)])
+def test_what_a_mask_hides_may_be_nan(isa, Tq, D):  # as in plain PyTorch, whether a block is hidden whole or in part
+    C.choose_instruction_set(isa)
+    q, k, v, _, scale, _, _ = simple(Tq, 200, D=D, Dv=D)
+    clean = k.clone()
+    k[:, :, [3, 150]] = torch.tensor([math.nan, math.inf])[:, None]
+    mask = torch.ones(200, dtype=torch.bool)
+    mask[[3, 150]] = mask[64:128] = False
+    for m in (mask, torch.zeros(200).masked_fill(~mask, -math.inf), mask.expand(Tq, 200).contiguous()):
+        out = run_fused(q, k, v, m, scale, False)
+        torch.testing.assert_close(out, run_fused(q, clean, v, mask, scale, False), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_a_single_query_sees_what_is_bad(isa):
+    C.choose_instruction_set(isa)
+    q, k, v, _, scale, _, grad = simple(1, 600, D=32, Dv=64)
+    k[0, 1, 400] = math.nan
+    out, lse = ops.attention(q, k, v, None, scale, False)
+    assert out[0, 2:].isnan().all() and lse[0, 2:].isnan().all() and out[0, :2].isfinite().all()
+    assert out[1].isfinite().all() and lse[1].isfinite().all()
+    hidden = torch.zeros(600, dtype=torch.bool)
+    out, lse = ops.attention(q, k, v, hidden, scale, False)
+    assert out.eq(0).all() and lse.eq(-math.inf).all()
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -451,7 +483,10 @@ def test_same_bits_for_every_number_of_threads(case, isa, data, single):
     C.choose_instruction_set(isa)
     if single:
         q, k, v, _, scale, causal, grad = case
-        case = (q[:, :, -1:], k.repeat(1, 1, 5, 1), v.repeat(1, 1, 5, 1), None, scale, causal, grad[:, :, -1:])
+        D, Dv = 32 * (1 + q.shape[3] // 64), 32 * (1 + v.shape[3] // 64)
+        q, k = (F.pad(x, (0, D))[..., :D] for x in (q[:, :, -1:], k.repeat(1, 1, 5, 1)))
+        v, grad = (F.pad(x, (0, Dv))[..., :Dv] for x in (v.repeat(1, 1, 5, 1), grad[:, :, -1:]))
+        case = (q, k, v, None, scale, causal, grad)
     chosen = data.draw(options(case))
     results = []
     for threads in (1, 2, 3, 5):
@@ -797,11 +832,16 @@ MALFORMED = {
 
 
 def test_one_argument_alone_on_meta_is_an_error_not_uninitialised_memory():
-    for name in ("q", "k", "v", "mask"):
-        arguments = bad(mask=torch.zeros(3, 5))
-        arguments[name] = arguments[name].to("meta")
-        with pytest.raises(RuntimeError, match="wanted all on one device"):
-            ops.attention(**arguments)
+    q, k, v, _, scale, _, grad = simple(5, 5, D=32)
+    angles = torch.rand(5, 16)
+    options = dict(mask=torch.zeros(5, 5), cu_seqlens=torch.tensor([0, 10]).int(), slopes=torch.rand(4))
+    arguments = dict(q=q, k=k, v=v, scale=scale, causal=False, **options, cos=angles.cos(), sin=angles.sin())
+    out, lse = ops.attention(**arguments)
+    backward = arguments | dict(grad=grad, out=out, lse=lse)
+    for op, passed in ((ops.attention, arguments), (ops.attention_backward, backward)):
+        for name in (n for n, x in passed.items() if isinstance(x, torch.Tensor)):
+            with pytest.raises(RuntimeError, match="wanted all on one device"):
+                op(**passed | {name: passed[name].to("meta")})
 
 
 @pytest.mark.parametrize("message", MALFORMED)
@@ -926,11 +966,11 @@ def test_no_option_crashes(cu_seqlens, slopes, window, softcap):
         softcap,
     )
     out, lse = ops.attention(q, k, v, None, 0.25, True)
-    try:
-        ops.attention(q, k, v, None, 0.25, False, *options)
-        ops.attention_backward(grad, q, k, v, out, lse, None, 0.25, False, *options)
-    except ERRORS as error:
-        assert str(error)
+    for op, arguments in ((ops.attention, (q, k, v)), (ops.attention_backward, (grad, q, k, v, out, lse))):
+        try:
+            op(*arguments, None, 0.25, False, *options)
+        except ERRORS as error:
+            assert str(error)
 
 
 def test_empty_and_degenerate_sizes():

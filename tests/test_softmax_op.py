@@ -183,14 +183,16 @@ def test_rows_sum_to_one_and_order_is_kept(isa):
     assert torch.equal(y.argmax(-1), x.argmax(-1))
 
 
-def test_same_bits_for_every_number_of_threads():
-    x, grad = torch.randn(3, 70, 401), torch.randn(3, 70, 401)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("width", [61, 401, 5000])
+def test_same_bits_for_every_number_of_threads(dtype, masked, width):
+    x, grad = torch.randn(3, 70, width).to(dtype), torch.randn(3, 70, width).to(dtype)
+    mask = torch.rand(width) < 0.8 if masked else None
     results = []
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        results.append(both(run_fused, x, 0.5, True, torch.rand(401) < 0.8, grad, torch.float32))
-        torch.manual_seed(0)
-        results[-1] = both(run_fused, x, 0.5, True, torch.rand(401) < 0.8, grad, torch.float32)
+        results.append(both(run_fused, x, 0.5, True, mask, grad, dtype))
     for other in results[1:]:
         assert torch.equal(results[0][0], other[0]) and torch.equal(results[0][1], other[1])
 
