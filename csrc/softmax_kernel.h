@@ -254,6 +254,7 @@ template <class E, class F>
 static void softmax_rows_backward_of(const SoftmaxBackward& a, int64_t begin, int64_t end, bool copy) {
   const int64_t columns = a.y.size[3], room = round_up(columns, 32);
   const int64_t block = most(1, least(W, BLOCK / most(1, columns)));
+  const bool streams = a.past_caches && columns * int64_t(sizeof(F)) > 512;  // shorter pieces do better through the caches
   ScratchBlock scratch(copy ? 2 * block * room : 0);
   Place at_row(a.y, begin);
   for (int64_t first = begin; first < end; first += block) {
@@ -278,7 +279,7 @@ static void softmax_rows_backward_of(const SoftmaxBackward& a, int64_t begin, in
     for (int64_t i = 0; i < R; i++)
       differences(dy[i], y[i], D[i], a.scale, columns, copy ? nullptr : ahead(dy[i], a.dy, 256),
                   copy ? nullptr : ahead(y[i], a.y, 256),
-                  a.past_caches && aligned(dx[i]), dx[i]);
+                  streams && aligned(dx[i]), dx[i]);
   }
   end_stream();
 }
