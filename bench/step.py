@@ -2,8 +2,9 @@
 """A training step, forward and backward, with the fused attention and with PyTorch's: `python bench/step.py`.
 
 The models are train.py's default GPT (4 blocks of 192, 8 x 256 tokens), the same with a context of 1,024, and a Llama
-of those sizes with packed documents, whose mask keeps them apart. Both paths take turns on the same weights and batch; the
-ratio is the median over the rounds, above 1 where the fused path is faster. Writes bench/step.json; takes a minute.
+of those sizes with packed documents, whose mask keeps them apart. Both paths take turns on the same weights and
+batch; the ratio is the median over the rounds, above 1 where the fused path is faster. Writes bench/step.json; takes a
+minute.
 """
 
 import json
