@@ -208,7 +208,8 @@ def only_part(data, folder):
 
 def is_learnt(data, folder):
     """Whether a model's run had this --data."""
-    return Path(data).resolve() == Path(learnt_from(folder) or "").resolve()
+    learnt = learnt_from(folder)
+    return learnt is not None and Path(data).resolve() == Path(learnt).resolve()
 
 
 FEW_SHOT_ROWS = 200  # scored by --eval of a language model on labelled rows of ours: a standard error of about 3 %

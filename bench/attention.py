@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """How fast fused attention is beside F.scaled_dot_product_attention, forward and backward, and beside the machine.
 
-    python bench/attention.py                        # everything below, on one thread and on two: about ten minutes
+    python bench/attention.py                        # everything below, on one thread and on two: about five minutes
     python bench/attention.py --only grid --threads 1
     python bench/attention.py --device cuda          # on a GPU; flash-attn's kernels too, where that package is
 

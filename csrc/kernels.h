@@ -23,8 +23,8 @@ void softmax_forward(View x, View mask, float scale, bool causal, View y, Parall
 // dx = scale * y * (dy - sum(dy * y))
 void softmax_backward(View dy, View y, float scale, View dx, Parallel parallel);
 
-// What becomes of q and k, and of the scores q k before their softmax. A query sees one interval of keys, whose ends never fall as the
-// queries go on: causal (aligned bottom-right), window and documents only move these ends.
+// What becomes of q and k, and of the scores q k before their softmax. A query sees one interval of keys, whose ends
+// never fall as the queries go on: causal (aligned bottom-right), window and documents only move these ends.
 struct Scores {
   float scale;
   View mask;                            // (B,H,Tq,Tk), boolean or additive

@@ -26,34 +26,28 @@
 #include <exception>
 #include <limits>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <tuple>
 
+#include "arguments.h"
 #include "kernels.h"
 
 namespace {
 
+using minimal::kMaxLength;
+using minimal::shape;
+using minimal::text;
 using minimal::Type;
 using minimal::View;
 using torch::stable::Tensor;
 using Sizes = std::array<int64_t, 4>;
 
 constexpr int64_t kMaxHeadSize = 256;
-constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();  // of one dimension
 constexpr int64_t kMaxScores = int64_t{1} << 53;  // B * H * Tq * Tk: a kernel may multiply it by D + Dv without overflow
 
 // ---------------------------------------------------------------------------------------------------- arguments
 
-std::string text(const int64_t* sizes, int64_t n) {
-  std::ostringstream s;
-  s << "(";
-  for (int64_t i = 0; i < n; i++) s << (i ? ", " : "") << sizes[i];
-  s << ")";
-  return s.str();
-}
 std::string text(const Sizes& s) { return text(s.data(), 4); }
-std::string shape(const Tensor& t) { return text(t.sizes().data(), t.dim()); }
 
 std::string dtype_name(int32_t dtype) {
   if (dtype == aoti_torch_dtype_float32()) return "float32";
@@ -84,12 +78,10 @@ constexpr Dtypes kMasks{true, true, true, "bool, float32 or bfloat16"};
 // What a kernel may be shown of a tensor of up to four dimensions, aligned to the right: (Tq, Tk) becomes (1, 1, Tq, Tk).
 // `op` and `name` are for the message.
 View view(const char* op, const char* name, const Tensor& t, const Dtypes& wanted, int64_t min_dim) {
-  STD_TORCH_CHECK(t.defined(), op, ": ", name, " is an undefined tensor");
-  int32_t layout = 0, dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), op, ": ", name, " must be a dense (strided) tensor");
+  minimal::check_dense(op, name, t);
   STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU, like the other arguments");
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
 
   View v;
   if (wanted.f32 && dtype == aoti_torch_dtype_float32()) v.type = Type::f32;
@@ -97,38 +89,7 @@ View view(const char* op, const char* name, const Tensor& t, const Dtypes& wante
   else if (wanted.boolean && dtype == aoti_torch_dtype_bool()) v.type = Type::boolean;
   else if (wanted.i32 && dtype == aoti_torch_dtype_int32()) v.type = Type::i32;
   else STD_TORCH_CHECK(false, op, ": ", name, " has dtype ", dtype_name(dtype), "; wanted ", wanted.text);
-
-  const int64_t dim = t.dim();
-  STD_TORCH_CHECK(dim >= min_dim && dim <= 4, op, ": ", name, " has shape ", shape(t), "; wanted ",
-                  min_dim == 4 ? "4" : std::to_string(min_dim) + " to 4", " dimensions");
-  const auto sizes = t.sizes();
-  const auto strides = t.strides();
-  for (int64_t d = 0; d < 4; d++) {
-    const int64_t from = d - (4 - dim);
-    v.size[d] = from < 0 ? 1 : sizes[from];
-    v.stride[d] = from < 0 ? 0 : strides[from];
-    STD_TORCH_CHECK(v.size[d] <= kMaxLength, op, ": ", name, " has shape ", shape(t), "; wanted at most ", kMaxLength,
-                    " in a dimension");
-  }
-
-  // The last element must lie in the storage. torch checks that when it makes a view, but a storage can be shrunk
-  // afterwards (untyped_storage().resize_(0) is how sharded training frees parameters).
-  if (t.numel() > 0) {
-    int64_t last = t.storage_offset(), held = 0, step = 0, end = 0;
-    bool overflow = false;
-    for (int64_t d = 0; d < 4; d++) {
-      overflow |= __builtin_mul_overflow(v.size[d] - 1, v.stride[d], &step);
-      overflow |= __builtin_add_overflow(last, step, &last);
-    }
-    overflow |= __builtin_mul_overflow(last + 1, bytes_of(v.type), &end);
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));
-    STD_TORCH_CHECK(!overflow && end <= held, op, ": ", name, " has shape ", shape(t), " but its storage holds only ",
-                    held, " bytes");
-    v.data = const_cast<void*>(t.const_data_ptr());  // the kernels only read their inputs
-    STD_TORCH_CHECK(v.data != nullptr, op, ": ", name, " has no memory");
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(v.data) % bytes_of(v.type) == 0, op, ": ", name,
-                    " does not start at a multiple of its element size (", bytes_of(v.type), " bytes)");
-  }
+  v.data = minimal::read_sizes(op, name, t, min_dim, 4, bytes_of(v.type), v.size, v.stride);
   return v;
 }
 

@@ -11,12 +11,11 @@
 
 #include <array>
 #include <cstdint>
-#include <limits>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <tuple>
 
+#include "arguments.h"
 #include "attention.cuh"
 #include "attention_backward.cuh"
 #include "softmax.cuh"
@@ -30,22 +29,12 @@ using minimal::cuda::MaskType;
 using minimal::cuda::Shape4;
 using minimal::cuda::Strided;
 using minimal::cuda::View4;
+using minimal::shape;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::array<int64_t, 4>;
 
-constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();  // of one dimension
-
 // ---------------------------------------------------------------------------------------------------- arguments
-
-std::string text(const int64_t* sizes, int64_t n) {
-  std::ostringstream s;
-  s << "(";
-  for (int64_t i = 0; i < n; i++) s << (i ? ", " : "") << sizes[i];
-  s << ")";
-  return s.str();
-}
-std::string shape(const Tensor& t) { return text(t.sizes().data(), t.dim()); }
 
 const char* name_of(ScalarType type) {
   switch (type) {
@@ -78,42 +67,14 @@ int32_t device_of(const char* op, const char* name, const Tensor& t) {
 
 // What a kernel may be shown of `t`. `op` and `name` are for the message, `device` is where it has to be.
 View view(const char* op, const char* name, const Tensor& t, int32_t device, int64_t min_dim, int64_t max_dim = 4) {
-  STD_TORCH_CHECK(t.defined(), op, ": ", name, " is an undefined tensor");
-  int32_t layout = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
-  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), op, ": ", name, " must be a dense (strided) tensor");
+  minimal::check_dense(op, name, t);
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, op, ": ", name, " must be on cuda:", device,
                   ", like the other arguments");
-  const int64_t dim = t.dim();
-  STD_TORCH_CHECK(dim >= min_dim && dim <= max_dim, op, ": ", name, " has shape ", shape(t), "; wanted ", min_dim,
-                  min_dim == max_dim ? "" : " to " + std::to_string(max_dim), " dimensions");
   View v;
   v.type = t.scalar_type();
-  const auto sizes = t.sizes(), strides = t.strides();
-  for (int64_t d = 0; d < 4; d++) {
-    const int64_t from = d - (4 - dim);
-    v.size[d] = from < 0 ? 1 : sizes[from];
-    v.stride[d] = from < 0 ? 0 : strides[from];
-    STD_TORCH_CHECK(v.size[d] <= kMaxLength, op, ": ", name, " has shape ", shape(t), "; wanted at most ", kMaxLength,
-                    " in a dimension");
-  }
-  if (t.numel() == 0) return v;
-  // The last element must lie in the storage, which can have been shrunk after torch made the view.
-  int64_t last = t.storage_offset(), held = 0, step = 0, end = 0, bytes = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));
-  bytes = v.type == ScalarType::Bool ? 1 : v.type == ScalarType::Half || v.type == ScalarType::BFloat16 ? 2 : 4;
-  bool overflow = false;
-  for (int d = 0; d < 4; d++) {
-    overflow |= __builtin_mul_overflow(v.size[d] - 1, v.stride[d], &step);
-    overflow |= __builtin_add_overflow(last, step, &last);
-  }
-  overflow |= __builtin_mul_overflow(last + 1, bytes, &end);
-  STD_TORCH_CHECK(!overflow && end <= held, op, ": ", name, " has shape ", shape(t), " but its storage holds only ",
-                  held, " bytes");
-  v.data = const_cast<void*>(t.const_data_ptr());  // the kernels only read their inputs
-  STD_TORCH_CHECK(v.data != nullptr, op, ": ", name, " has no memory");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(v.data) % bytes == 0, op, ": ", name,
-                  " does not start at a multiple of its element size (", bytes, " bytes)");
+  const bool half = v.type == ScalarType::Half || v.type == ScalarType::BFloat16;
+  const int64_t bytes = v.type == ScalarType::Bool ? 1 : half ? 2 : 4;
+  v.data = minimal::read_sizes(op, name, t, min_dim, max_dim, bytes, v.size.data(), v.stride.data());
   return v;
 }
 

@@ -3,6 +3,7 @@
 
 import os
 import pathlib
+import signal
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train.py: for tests bes
 import hypothesis
 import pytest
 import torch
+
+# A shell that runs this in the background leaves SIGINT ignored, for children too; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `import train` works however pytest was called
