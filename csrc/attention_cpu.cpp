@@ -42,12 +42,24 @@ int64_t threads(Parallel parallel) {
   return pieces;
 }
 
+// One of the functions above for this processor: for bfloat16 on its matrix unit, if it has one, and if there are as many
+// rows as its tiles have.
+#if MINIMAL_X86
+#define BEST(f) (on_matrix_unit(a) ? avx512::amx_##f : MINIMAL_BEST(f))
+bool on_matrix_unit(const Attention& a) {
+  const bool bf16 = a.q.type == Type::bf16 && a.k.type == Type::bf16 && a.v.type == Type::bf16;
+  return isa() == Isa::amx && bf16 && a.q.size[2] >= 16 && a.k.size[2] >= 16;
+}
+#else
+#define BEST(f) MINIMAL_BEST(f)
+#endif
+
 }  // namespace
 
 void attention_forward(View q, View k, View v, const Scores& scores, View out, View lse, Parallel parallel) {
   if (decode_takes(q, k, v, scores)) return decode_forward(q, k, v, scores, out, lse, parallel);
   Attention a{q, k, v, scores, out, lse, {}, {}, {}, {}};
-  run(a, q.size[0] * q.size[1] * ((q.size[2] + QUERIES - 1) / QUERIES), MINIMAL_BEST(forward_tiles), parallel);
+  run(a, q.size[0] * q.size[1] * ((q.size[2] + QUERIES - 1) / QUERIES), BEST(forward_tiles), parallel);
 }
 
 void attention_backward(View dout, View q, View k, View v, View out, View lse, const Scores& scores, View dq, View dk,
@@ -59,9 +71,9 @@ void attention_backward(View dout, View q, View k, View v, View out, View lse, c
   // 7 products spread over all of them are sooner done. Both give the same bits, so the choice may depend on the pool.
   const int64_t pool = work(a) < 100000 ? 1 : threads(parallel);
   const int64_t rounds = (heads + pool - 1) / pool;
-  if (5 * rounds * pool <= 7 * heads) return run(a, heads, MINIMAL_BEST(backward_heads), parallel);
-  run(a, heads * ((k.size[2] + KEYS - 1) / KEYS), MINIMAL_BEST(backward_keys), parallel);
-  run(a, q.size[0] * q.size[1] * ((q.size[2] + QUERIES - 1) / QUERIES), MINIMAL_BEST(backward_queries), parallel);
+  if (5 * rounds * pool <= 7 * heads) return run(a, heads, BEST(backward_heads), parallel);
+  run(a, heads * ((k.size[2] + KEYS - 1) / KEYS), BEST(backward_keys), parallel);
+  run(a, q.size[0] * q.size[1] * ((q.size[2] + QUERIES - 1) / QUERIES), BEST(backward_queries), parallel);
 }
 
 }  // namespace minimal

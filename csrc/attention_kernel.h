@@ -575,3 +575,7 @@ static void backward_queries(void* context, int64_t begin, int64_t end) {
     backward_range(a, b, {h, h + 1}, queries, {0, a.k.size[2]}, true, false, head.K, head.V, 0, block.start());
   }
 }
+
+#if MINIMAL_VECTOR_BYTES == 64
+#include "attention_amx.h"
+#endif

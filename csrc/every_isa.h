@@ -24,7 +24,7 @@
 
 namespace minimal {
 
-enum class Isa { generic, avx2, avx512 };
+enum class Isa { generic, avx2, avx512, amx };  // amx: avx512, and attention's products on the matrix unit
 Isa isa();  // the one in use: softmax_cpu.cpp
 
 // Hands out pieces of a block, and is passed by value: a callee's pieces are free again when it returns. Pieces stay on
@@ -100,7 +100,7 @@ namespace avx2 {
 #undef MINIMAL_VECTOR_BYTES
 #undef MINIMAL_VECTOR_REGISTERS
 
-#define MINIMAL_BEST(f) (isa() == Isa::avx512 ? avx512::f : isa() == Isa::avx2 ? avx2::f : generic::f)
+#define MINIMAL_BEST(f) (isa() >= Isa::avx512 ? avx512::f : isa() == Isa::avx2 ? avx2::f : generic::f)
 #else
 #define MINIMAL_BEST(f) generic::f
 #endif  // MINIMAL_X86

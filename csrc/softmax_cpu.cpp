@@ -4,6 +4,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include "kernels.h"
 
 namespace minimal {
@@ -40,18 +48,34 @@ bool past_caches(const View& y) {
 
 constexpr struct { Isa isa; const char* name; } names[] = {
 #if MINIMAL_X86
-    {Isa::avx512, "avx512"}, {Isa::avx2, "avx2"},
+    {Isa::amx, "amx"}, {Isa::avx512, "avx512"}, {Isa::avx2, "avx2"},
 #endif
     {Isa::generic, "generic"}};
+
+#if MINIMAL_X86
+// The matrix unit, and the system's leave to use it: its registers are 8 KB more for each thread to keep.
+bool has_amx() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  const unsigned tile = 1u << 24, bf16 = 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & tile) || !(d & bf16)) return false;
+  const long ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool runs_here(Isa isa) {
 #if MINIMAL_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == Isa::avx2) return avx2;
-  if (isa == Isa::avx512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::avx512) return avx512;
+  if (isa == Isa::amx) return avx512 && has_amx();
 #endif
   return isa == Isa::generic;
 }
