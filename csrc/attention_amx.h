@@ -104,7 +104,7 @@ struct Squares {
   void begin_part(int64_t part, int64_t parts) {
     const int before = begun;
     while (begun * parts < n * part) begin_one();
-    if (begun == before) multiply_tiles<0, 4, 6>();
+    if (begun == before && part % 4 == 0) multiply_tiles<0, 4, 6>();
   }
   void begin_all() {
     while (begun < n) begin_one();
@@ -127,28 +127,36 @@ static void transpose_pairs(Matrix X, int64_t n, int64_t depth, Matrix to) {
       UNROLL for (int j = 0; j < 16; j++) store_pairs(to.from(d / 2 + j, 2 * i).at, r[j]);
     }
 }
+// Rows 2j and 2j + 1 as pairs: of the first 16 columns, and of the next 16.
+INLINE Two pairs_of_rows(Matrix X, int64_t row, int64_t column) {
+  const vu a = (vu)load_pairs(X.from(row, column).at), b = (vu)load_pairs(X.from(row + 1, column).at);
+  const vf even = (vf)((a & 0xffffu) | (b << 16)), odd = (vf)((a >> 16) | (b & 0xffff0000u));
+  return {zip_low(even, odd), zip_high(even, odd)};
+}
 // X (depth x n) -> the same in pairs
 static void pair_rows(Matrix X, int64_t depth, int64_t n, Matrix to) {
   for (int64_t d = 0; d < depth; d += 2)
     for (int64_t i = 0; i < n; i += 32) {
-      const vu a = (vu)load_pairs(X.from(d, i).at), b = (vu)load_pairs(X.from(d + 1, i).at);
-      const vf even = (vf)((a & 0xffffu) | (b << 16)), odd = (vf)((a >> 16) | (b & 0xffff0000u));
-      store_pairs(to.from(d / 2, 2 * i).at, zip_low(even, odd));
-      store_pairs(to.from(d / 2, 2 * i + 32).at, zip_high(even, odd));
+      const Two pairs = pairs_of_rows(X, d, i);
+      store_pairs(to.from(d / 2, 2 * i).at, pairs.a);
+      store_pairs(to.from(d / 2, 2 * i + 32).at, pairs.b);
     }
 }
-// X (n x width) -> X' (width x n), `room` being 16 rows of pairs
-static void transpose_rows(Matrix X, int64_t n, int64_t width, Matrix to, Bf16* room) {
-  for (int64_t i = 0; i < n; i += 32) {
-    const Matrix pairs = {room, 2 * width};
-    pair_rows(X.from(i, 0), 32, width, pairs);
-    for (int64_t d = 0; d < width; d += 16) {
-      vf r[16];
-      UNROLL for (int j = 0; j < 16; j++) r[j] = load_pairs(pairs.from(j, 2 * d).at);
-      transpose(r);
-      UNROLL for (int j = 0; j < 16; j++) store_pairs(to.from(d + j, i).at, r[j]);
+// X (n x width) -> X' (width x n)
+static void transpose_rows(Matrix X, int64_t n, int64_t width, Matrix to) {
+  for (int64_t i = 0; i < n; i += 32)
+    for (int64_t d = 0; d < width; d += 32) {
+      vf a[16], b[16];
+      UNROLL for (int j = 0; j < 16; j++) {
+        const Two pairs = pairs_of_rows(X, i + 2 * j, d);
+        a[j] = pairs.a, b[j] = pairs.b;
+      }
+      transpose(a), transpose(b);
+      UNROLL for (int j = 0; j < 16; j++) {
+        store_pairs(to.from(d + j, i).at, a[j]);
+        store_pairs(to.from(d + 16 + j, i).at, b[j]);
+      }
     }
-  }
 }
 
 // Of float32, the lanes of x and those of y after them
@@ -204,17 +212,17 @@ constexpr int64_t APART = 32;  // added to rows as long as the keys: a power of 
 static KeysAndValues keys_and_values(const Attention& a, int64_t b, int64_t kv, Range keys, bool Kt, bool Vt, Scratch scratch) {
   const int64_t n = keys.end - keys.begin, padded = round_up(n, SIDE);
   const int64_t D = round_up(a.k.size[3], SIDE), Dv = round_up(a.v.size[3], SIDE);
-  float *room = scratch.take(most(D, Dv)), *pairs = scratch.take(SIDE * most(D, Dv) / 2);
+  float* room = scratch.take(most(D, Dv));
   KeysAndValues r;
   r.K = matrix_of(a, a.k, b, kv, keys.begin, n, keys.begin, (Bf16*)scratch.take(padded * D / 2), room);
   r.V = matrix_of(a, a.v, b, kv, keys.begin, n, -1, (Bf16*)scratch.take(padded * Dv / 2), room);
-  if (Kt) transpose_rows(r.K, padded, D, r.Kt = take_matrix(scratch, D, padded + APART), (Bf16*)pairs);
-  if (Vt) transpose_rows(r.V, padded, Dv, r.Vt = take_matrix(scratch, Dv, padded + APART), (Bf16*)pairs);
+  if (Kt) transpose_rows(r.K, padded, D, r.Kt = take_matrix(scratch, D, padded + APART));
+  if (Vt) transpose_rows(r.V, padded, Dv, r.Vt = take_matrix(scratch, Dv, padded + APART));
   return r;
 }
 INLINE int64_t keys_and_values_floats(const Attention& a, int64_t n) {
   const int64_t D = round_up(a.k.size[3], SIDE), Dv = round_up(a.v.size[3], SIDE);
-  return (round_up(n, SIDE) + APART) * (D + Dv) + (SIDE / 2 + 1) * most(D, Dv);
+  return (round_up(n, SIDE) + APART) * (D + Dv) + most(D, Dv);
 }
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
@@ -332,11 +340,11 @@ static void amx_forward_tile(const Attention& a, int64_t b, int64_t h, int64_t q
   const int64_t place = q0 + a.k.size[2] - a.q.size[2];
   transpose_pairs(matrix_of(a, a.q, b, h, q0, qn, place, copy.at, room), NQ, D, Q);
   for (int64_t n = 0; n < NQ; n++) m[n] = -INF, l[n] = 0;
-  for (int64_t n = 0; n < Dv * NQ; n += W) store(o + n, vf{});
 
   // While block i is at its softmax, the matrix unit multiplies P V of block i - 1 and K Q' of block i + 1.
   Squares squares;
   float factor = 1;
+  bool begun = false;  // O holds something
   Sight sight;
   auto next_seen = [&](int64_t k0) {
     while (k0 < t.end() && (sight = sight_of(a, t, block_of(t, k0, t.end()))) == Sight::nothing) k0 += KEYS;
@@ -352,16 +360,18 @@ static void amx_forward_tile(const Attention& a, int64_t b, int64_t h, int64_t q
     if (next < t.end()) put_scores(t, block_of(t, next, t.end()), head.K.from(next, 0), Q, D, s[1 - i], squares);
     amx_softmax(t, k, s[i], factor, m, l, alpha, P[i], squares);
     squares.begin_all();
-    for (int64_t n = 0; n < NQ && k0 > begin; n += W) {
+    for (int64_t n = 0; begun && n < NQ; n += W) {
       const vf shrink = load(alpha + n);
       const bool shrinks = sum_lanes(shrink) != W;
       for (int64_t d = 0; shrinks && d < Dv; d++) store(o + d * NQ + n, load(o + d * NQ + n) * shrink);
     }
     const Range keys = squares_of(t, k, 0);
     for (int64_t d = 0; keys.begin < keys.end && d < Dv; d += SIDE)  // (Dv,keys) x (keys,queries) -> (Dv,queries)
-      squares.put(head.Vt.from(d, k0 + keys.begin), P[i].from(keys.begin / 2, 0), keys.end - keys.begin, o + d * NQ, NQ, true);
+      squares.put(head.Vt.from(d, k0 + keys.begin), P[i].from(keys.begin / 2, 0), keys.end - keys.begin, o + d * NQ, NQ, begun);
+    begun |= keys.begin < keys.end;
   }
   squares.begin_all();
+  for (int64_t n = 0; !begun && n < Dv * NQ; n += W) store(o + n, vf{});
 
   for (int64_t n = 0; n < NQ; n += W) {
     const vf sums = load(l + n), lse = load(m + n) * factor + log(sums);
