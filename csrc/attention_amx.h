@@ -2,13 +2,14 @@
 // Attention of bfloat16 with AMX, the matrix unit of Intel's processors since 2023: it multiplies 16 x 32 by 32 x 16
 // bfloat16 and adds up in float32, sixteen times as fast as the vector unit multiplies float32.
 //
-// Tiles, blocks, masks are those of attention_kernel.h, and the queries again lie in the lanes of the scores. But here O
-// and dQ stand transposed, too, and all products are of one form, C = A B, by squares of 32 x 32:
+// Tiles, blocks and masks are those of attention_kernel.h, and the queries again lie in the lanes of the scores. But here
+// O and dQ stand transposed, too, and all products are of one form, C = A B, by squares of 32 x 32:
 //
 //     S' = K Q'     dP' = V dO'     O' += V' P'     dV += P' dO     dK += dS' Q     dQ' += K' dS'
 //
-// What no query of a square sees is neither multiplied nor read; where an edge passes through a square, P and dS are 0.
-// As in PyTorch's attention of bfloat16, P and dS are rounded to bfloat16 for the products, and nothing else is.
+// What no query of a square sees is neither multiplied nor read; where an edge passes through one, P and dS are 0. As in
+// PyTorch's attention of bfloat16, P and dS are rounded to bfloat16 for the products, and nothing else is. (The unit takes
+// numbers below 2^-126 for 0.)
 //
 // The unit reads A by rows. Of B it wants pairs: row j of a matrix of pairs holds B[2j][i], B[2j+1][i] for each column i.
 //
@@ -67,7 +68,8 @@ struct Matrix {  // of bfloat16, rows `ld` apart; of pairs, a row has two elemen
 static void square(Matrix A, Matrix B, int64_t depth, float* C, int64_t ldc, bool add) {
   float* low = C + 16 * ldc;
   if (add) {
-    load_tile<0>(C, 4 * ldc), load_tile<1>(C + 16, 4 * ldc), load_tile<2>(low, 4 * ldc), load_tile<3>(low + 16, 4 * ldc);
+    load_tile<0>(C, 4 * ldc), load_tile<1>(C + 16, 4 * ldc);
+    load_tile<2>(low, 4 * ldc), load_tile<3>(low + 16, 4 * ldc);
   } else {
     asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
   }
@@ -77,10 +79,12 @@ static void square(Matrix A, Matrix B, int64_t depth, float* C, int64_t ldc, boo
     load_tile<6>(b, 2 * B.ld), load_tile<7>(b + 32, 2 * B.ld);
     multiply_tiles<0, 4, 6>(), multiply_tiles<1, 4, 7>(), multiply_tiles<2, 5, 6>(), multiply_tiles<3, 5, 7>();
   }
-  store_tile<0>(C, 4 * ldc), store_tile<1>(C + 16, 4 * ldc), store_tile<2>(low, 4 * ldc), store_tile<3>(low + 16, 4 * ldc);
+  store_tile<0>(C, 4 * ldc), store_tile<1>(C + 16, 4 * ldc);
+  store_tile<2>(low, 4 * ldc), store_tile<3>(low + 16, 4 * ldc);
 }
 
-// Squares still to be multiplied. They are begun one by one between pieces of vector work: the two units then work at once.
+// Squares still to be multiplied, begun one by one between pieces of vector work: the unit falls asleep within half a
+// microsecond, and takes a third of one to wake.
 struct Squares {
   struct Square {
     Matrix A, B;
@@ -99,8 +103,7 @@ struct Squares {
     const Square& w = waiting[begun++];
     square(w.A, w.B, w.depth, w.C, w.ldc, w.add);
   }
-  // The first `part` of `parts`. The unit falls asleep within half a microsecond, and takes a third of one to wake: without
-  // a square it gets something to do, in registers that each square fills anew.
+  // The first `part` of `parts`. Without a square the unit gets something to do in registers that each square fills anew.
   void begin_part(int64_t part, int64_t parts) {
     const int before = begun;
     while (begun * parts < n * part) begin_one();
@@ -176,7 +179,8 @@ static Matrix matrix_of(const Attention& a, const View& x, int64_t b, int64_t h,
                         Bf16* copy, float* room) {
   const int64_t D = x.size[3], ld = round_up(D, SIDE);
   const bool turned = turns(a) && place >= 0;
-  if (x.stride[3] == 1 && D % SIDE == 0 && n % SIDE == 0 && !turned) return {(Bf16*)x.data + at(x, b, h, row), x.stride[2]};
+  if (x.stride[3] == 1 && D % SIDE == 0 && n % SIDE == 0 && !turned)
+    return {(Bf16*)x.data + at(x, b, h, row), x.stride[2]};
   for (int64_t i = 0; i < round_up(n, SIDE); i++) {
     const int64_t from = at(x, b, h, row + i);
     for (int64_t d = 0; d < ld; d += W)
@@ -194,7 +198,8 @@ INLINE void write_row_of_32(const View& x, int64_t to, int64_t n, vf pairs) {
   store_pairs(elements, pairs);
   for (int64_t c = 0; c < least(32, n); c++) row[c * x.stride[3]] = elements[c];
 }
-static void write_rows(const float* rows, int64_t ld, float factor, const View& x, int64_t b, int64_t h, int64_t row, int64_t n) {
+static void write_rows(const float* rows, int64_t ld, float factor, const View& x, int64_t b, int64_t h, int64_t row,
+                       int64_t n) {
   for (int64_t i = 0; i < n; i++)
     for (int64_t d = 0; d < x.size[3]; d += 32)
       write_row_of_32(x, at(x, b, h, row + i) + d * x.stride[3], x.size[3] - d,
@@ -208,8 +213,9 @@ static Matrix take_matrix(Scratch& scratch, int64_t rows, int64_t width) {
 struct KeysAndValues {
   Matrix K, Kt, V, Vt;
 };
-constexpr int64_t APART = 32;  // added to rows as long as the keys: a power of two would put all in the same part of a cache
-static KeysAndValues keys_and_values(const Attention& a, int64_t b, int64_t kv, Range keys, bool Kt, bool Vt, Scratch scratch) {
+constexpr int64_t APART = 32;  // between rows as long as the keys: a power of two would put all in one part of a cache
+static KeysAndValues keys_and_values(const Attention& a, int64_t b, int64_t kv, Range keys, bool Kt, bool Vt,
+                                     Scratch scratch) {
   const int64_t n = keys.end - keys.begin, padded = round_up(n, SIDE);
   const int64_t D = round_up(a.k.size[3], SIDE), Dv = round_up(a.v.size[3], SIDE);
   float* room = scratch.take(most(D, Dv));
@@ -243,7 +249,8 @@ static void put_scores(const Tile& t, const Block& k, Matrix K, Matrix Q, int64_
   }
 }
 // ... and, once multiplied, made into scores, but for the factor that is returned; -inf where a query does not see a key.
-static float finish_scores(const Attention& a, const Tile& t, const Block& k, Sight sight, float* s, float* slope, float* room) {
+static float finish_scores(const Attention& a, const Tile& t, const Block& k, Sight sight, float* s, float* slope,
+                           float* room) {
   const int64_t NQ = t.NQ;
   const Scores& z = a.scores;
   const bool plain = !z.mask.data && !z.slopes.data && z.softcap == 0 && z.scale > 0;
@@ -264,7 +271,7 @@ static float finish_scores(const Attention& a, const Tile& t, const Block& k, Si
 }
 
 // 2^x to 3e-6, a hundredth of what rounding to bfloat16 adds: 2^floor(x) times a polynomial (our own minimax fit) in what
-// is left of x. Both steps are single operations of AVX-512, for -inf as well.
+// is left of x. AVX-512 has an operation for each of these two steps, right for -inf as well.
 INLINE vf power_of_two(vf x) {
   vf r, p;
   asm("vreduceps $1, %1, %0" : "=v"(r) : "v"(x));
@@ -310,8 +317,8 @@ static void amx_softmax(const Tile& t, const Block& k, const float* s, float fac
 }
 
 // X' (depth x NQ), each column times its factor, to n rows of a tensor.
-static void write_transposed(const float* X, int64_t NQ, const float* factor, const View& x, int64_t b, int64_t h, int64_t row,
-                             int64_t n) {
+static void write_transposed(const float* X, int64_t NQ, const float* factor, const View& x, int64_t b, int64_t h,
+                             int64_t row, int64_t n) {
   const int64_t D = x.size[3];
   for (int64_t i0 = 0; i0 < n; i0 += W)
     for (int64_t d = 0; d < D; d += 32) {
@@ -321,7 +328,8 @@ static void write_transposed(const float* X, int64_t NQ, const float* factor, co
         r[i] = pairs_to_bf16(load(two) * load(factor + i0), load(two + NQ) * load(factor + i0));
       }
       transpose(r);
-      for (int64_t i = 0; i < least(W, n - i0); i++) write_row_of_32(x, at(x, b, h, row + i0 + i) + d * x.stride[3], D - d, r[i]);
+      for (int64_t i = 0; i < least(W, n - i0); i++)
+        write_row_of_32(x, at(x, b, h, row + i0 + i) + d * x.stride[3], D - d, r[i]);
     }
 }
 
@@ -367,7 +375,8 @@ static void amx_forward_tile(const Attention& a, int64_t b, int64_t h, int64_t q
     }
     const Range keys = squares_of(t, k, 0);
     for (int64_t d = 0; keys.begin < keys.end && d < Dv; d += SIDE)  // (Dv,keys) x (keys,queries) -> (Dv,queries)
-      squares.put(head.Vt.from(d, k0 + keys.begin), P[i].from(keys.begin / 2, 0), keys.end - keys.begin, o + d * NQ, NQ, begun);
+      squares.put(head.Vt.from(d, k0 + keys.begin), P[i].from(keys.begin / 2, 0), keys.end - keys.begin, o + d * NQ, NQ,
+                  begun);
     begun |= keys.begin < keys.end;
   }
   squares.begin_all();
@@ -393,7 +402,8 @@ static void amx_forward_tiles(void* context, int64_t begin, int64_t end) {
     if (at_head != b * a.k.size[1] + kv) head = keys_and_values(a, b, kv, {0, Tk}, false, true, heads.start());
     at_head = b * a.k.size[1] + kv;
     const int64_t q0 = spread(i % tiles, tiles) * QUERIES;
-    for (int64_t q = q0; q < least(q0 + QUERIES, a.q.size[2]); q += SIDE) amx_forward_tile(a, b, h, q, head, block.start());
+    for (int64_t q = q0; q < least(q0 + QUERIES, a.q.size[2]); q += SIDE)  // half a tile of queries fills the lanes here
+      amx_forward_tile(a, b, h, q, head, block.start());
   }
 }
 
@@ -473,8 +483,8 @@ static void amx_backward_range(const Attention& a, int64_t b, Range h_range, Ran
       for (int64_t n = 0; n < NQ; n += W) {
         vf sums[W] = {};
         for (int64_t i = 0; i < least(W, qn - n); i++)
-          for (int64_t d = 0; d < a.v.size[3]; d += W)
-            sums[i] += read(a.out, at(a.out, b, h, q0 + n + i) + d * a.out.stride[3], a.out.stride[3], a.v.size[3] - d) *
+          for (int64_t d = 0, stride = a.out.stride[3]; d < a.v.size[3]; d += W)
+            sums[i] += read(a.out, at(a.out, b, h, q0 + n + i) + d * stride, stride, a.v.size[3] - d) *
                        from_bf16(G.from(n + i, d).at);
         store(delta + n, sum_lanes(sums));
         // +inf where nothing is seen, and in the lanes past qn: 2^(S - inf) = 0
@@ -564,7 +574,8 @@ static void amx_backward_queries(void* context, int64_t begin, int64_t end) {
   const Unit unit;
   KeysAndValues head;
   for (int64_t i = begin, at_head = -1; i < end; i++) {
-    const int64_t b = i / tiles / H, h = i / tiles % H, kv = h / (H / a.k.size[1]), q0 = spread(i % tiles, tiles) * QUERIES;
+    const int64_t b = i / tiles / H, h = i / tiles % H, kv = h / (H / a.k.size[1]);
+    const int64_t q0 = spread(i % tiles, tiles) * QUERIES;
     if (at_head != b * a.k.size[1] + kv) head = keys_and_values(a, b, kv, {0, Tk}, true, false, heads.start());
     at_head = b * a.k.size[1] + kv;
     const Range queries = {q0, least(a.q.size[2], q0 + QUERIES)};

@@ -274,12 +274,12 @@ class PretrainedBPE:
             within_word = is_word(text[start - 1 : start]) or is_word(text[end : end + 1])
             if (token["special"] and not special) or (token["single_word"] and within_word):
                 continue
-            if token["lstrip"]:
-                start -= SPACES.match(text[last:start][::-1]).end()
+            if token["lstrip"]:  # what the token before has stripped is white space, and may be the whole of this one
+                start = max(last, start - SPACES.match(text[last:start][::-1]).end())
             if token["rstrip"]:
-                end = SPACES.match(text, end).end()
+                end = SPACES.match(text, max(last, end)).end()
             yield from [text[last:start]] if last < start else []
-            yield self.vocab[token["content"]]
+            yield from [self.vocab[token["content"]]] if start < end else []
             last = end
         yield from [text[last:]] if last < len(text) else []
 
