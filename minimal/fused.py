@@ -16,7 +16,6 @@ documents, a window, ALiBi, a soft cap and rotary positions are inside; a row wi
 
 MINIMAL_FUSED=0 in the environment, read at import, forces plain PyTorch; MINIMAL_FUSED=cuda lets tensors on a GPU take
 the CUDA kernels, which no GPU has run yet: else they take PyTorch's. `python -m minimal.fused` shows what runs.
-
 Here are the operators' rules: fake (shapes, for torch.compile and torch.export) and autograd (once differentiable).
 
 Letters: B batch, H query heads, Hkv key and value heads, Tq queries, Tk keys, D head size, Dv value size.
@@ -73,8 +72,7 @@ def _like(x: Tensor, *others: Tensor | None) -> Tensor:
 
 def _laid_out_as(x: Tensor, size: int) -> Tensor:
     """A fake (B, H, T, size), without gaps, its heads inside its tokens if x's are: (B, T, H, size) in memory."""
-    B, H, T = x.shape[:3]
-    inside = 0 < x.stride(1) < x.stride(2)
+    B, H, T, inside = *x.shape[:3], 0 < x.stride(1) < x.stride(2)
     return x.new_empty((B, T, H, size)).transpose(1, 2) if inside else x.new_empty((B, H, T, size))
 
 
@@ -105,7 +103,13 @@ def _softmax_context(ctx, inputs, output):
     ctx.scale = inputs[2]
 
 
+def _check_leaves(ctx, leaves):
+    if any(ctx.needs_input_grad[leaves:]):
+        raise RuntimeError("torch.ops.minimal gives mask, slopes, cos and sin no gradient; MINIMAL_FUSED=0 does")
+
+
 def _softmax_backward(ctx, grad):
+    _check_leaves(ctx, 1)
     (y,) = ctx.saved_tensors
     return torch.ops.minimal.softmax_backward(grad, y, ctx.scale), None, None, None
 
@@ -121,6 +125,7 @@ def _attention_context(ctx, inputs, output):
 def _attention_backward(ctx, grad, _):
     if grad is None:
         return (None,) * 12
+    _check_leaves(ctx, 3)
     q, k, v, out, lse, mask, cu_seqlens, slopes, cos, sin = ctx.saved_tensors
     options = (mask, ctx.scale, ctx.causal, cu_seqlens, ctx.window, slopes, ctx.softcap, cos, sin)
     return *torch.ops.minimal.attention_backward(grad, q, k, v, out, lse, *options), *(None,) * 9
@@ -145,9 +150,8 @@ def _eager(op, context, backward, leaves: int):
         context(ctx, inputs, output)
         return output
 
-    rule = type(
-        "Fused", (torch.autograd.Function,), dict(forward=staticmethod(forward), backward=staticmethod(backward))
-    )
+    rules = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    rule = type("Fused", (torch.autograd.Function,), rules)
 
     def call(*inputs):
         if torch.compiler.is_compiling():
@@ -225,9 +229,7 @@ def why_not(q=None, k=None, v=None, *, mask=None, dropout=0.0, slopes=None, soft
             return f"{name} has dtype {own}; the fused path takes q, k and v all {wanted}"
         dtype = own
         if len(shape) != 4 or not 1 <= shape[3] <= MAX_HEAD_SIZE:
-            return (
-                f"{name} has shape {tuple(shape)}; the fused path takes 4 dimensions, the last of 1 to {MAX_HEAD_SIZE}"
-            )
+            return f"{name} has shape {tuple(shape)}; the fused path takes 4 dimensions, the last up to {MAX_HEAD_SIZE}"
         options = mask is not None or slopes is not None or rotary is not None or softcap
         if x.is_cuda and (options or shape[3] not in _CUDA_HEAD_SIZES or q is not None and shape[3] != q.shape[3]):
             return f"the CUDA kernels take one head size of {_CUDA_HEAD_SIZES}, and no mask, slopes, softcap or rotary"
@@ -275,11 +277,8 @@ def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False, mask: Tensor
     x (..., Tk), or (..., Tq, Tk) when causal; float32 or bfloat16 -> the same shape and dtype, contiguous.
     mask and causal as in attention(), the mask broadcasting to x's shape; a row with nothing left gives zeros.
     """
-    unfit = (
-        _barred()
-        or _unfit("x", x)
-        or (mask is not None and _unfit_option("mask", mask, (torch.bool, torch.float32, x.dtype)))
-    )
+    unfit = _barred() or _unfit("x", x)
+    unfit = unfit or mask is not None and _unfit_option("mask", mask, (torch.bool, torch.float32, x.dtype))
     if unfit or x.dim() == 0 or x.dtype not in (_CPU_DTYPES if x.is_cpu else _CUDA_DTYPES):
         return _plain_softmax(x, causal, mask, scale)
     shape = x.shape
@@ -316,13 +315,16 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _plain_attention(q, k, v, causal, mask, scale, cu_seqlens=None, window=0, slopes=None, softcap=0.0, rotary=None):
+    fit = q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3] and k.shape[::3] == q.shape[::3]
+    if not fit or q.shape[1] % max(k.shape[1], 1):
+        wanted = "wanted (B, H, Tq, D), (B, Hkv, Tk, D) and (B, Hkv, Tk, Dv), where Hkv divides H"
+        raise RuntimeError(f"q, k and v have shapes {', '.join(str(tuple(x.shape)) for x in (q, k, v))}; {wanted}")
     if rotary is not None:
         q, k = _turn(q, *rotary), _turn(k, *rotary)
     k, v = (x.repeat_interleave(q.shape[1] // max(x.shape[1], 1), 1) for x in (k, v))  # (B, H, Tk, D), (B, H, Tk, Dv)
     s = q @ k.mT  # (B, H, Tq, Tk)
     if softcap or window or slopes is not None or cu_seqlens is not None:
-        s, scale = scale * (s if s.dtype == torch.float64 else s.float()), 1.0
-        B, _, Tq, Tk = s.shape
+        s, scale, (B, _, Tq, Tk) = scale * (s if s.dtype == torch.float64 else s.float()), 1.0, s.shape
         i, j = torch.arange(Tq, device=q.device)[:, None] + Tk - Tq, torch.arange(Tk, device=q.device)
         s = softcap * torch.tanh(s / softcap) if softcap else s
         if slopes is not None:  # (H,) or (B, H)
@@ -338,13 +340,11 @@ def _plain_attention(q, k, v, causal, mask, scale, cu_seqlens=None, window=0, sl
 
 if __name__ == "__main__":
     print(f"torch {torch.__version__}:", "fused" if available() else f"plain PyTorch, as {_reason}")
-    C = sys.modules.get("minimal._C")
-    if available() and C is not None:
+    if C := sys.modules.get("minimal._C") if available() else None:
         print(f"  built by {C.compiler} with {C.flags}, torch {C.torch_built_with} (needs {C.torch_needed})")
         print(f"  instruction sets: {C.instruction_sets()}; in use: {C.instruction_set()} (MINIMAL_ISA chooses)")
     torch.manual_seed(0)
-    q, k, v = torch.randn(1, 8, 7, 64), torch.randn(1, 2, 9, 64), torch.randn(1, 2, 9, 64)
+    q, (k, v) = torch.randn(1, 8, 7, 64), torch.randn(2, 1, 2, 9, 64)
     exact = _plain_attention(q.double(), k.double(), v.double(), True, None, 0.125)
     error = (attention(q, k, v, causal=True) - exact).abs().max().item()
     print(f"  7 queries over 9 keys, 8 heads on 2, causal: largest error against float64 {error:.1e}")
-    print(f"  head size 300: {why_not(torch.zeros(1, 1, 1, 300)) or 'fused'}")

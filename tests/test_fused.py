@@ -465,6 +465,57 @@ def test_nan_is_not_swallowed(isa, dtype):
     assert dq[0, 1].isfinite().all() and dv[0, 1].isfinite().all()
 
 
+@given(data=st.data())
+def test_both_paths_refuse_the_same_shapes(data):
+    """One size of q, k or v off, or none: plain PyTorch would broadcast some of these in silence."""
+    sizes = {"B": 2, "H": 4, "Hkv": 2, "Tq": 3, "Tk": 5, "D": 8, "Dv": 6}
+    letters = {"q": "B H Tq D", "k": "B Hkv Tk D", "v": "B Hkv Tk Dv"}
+    shapes = {name: [sizes[x] for x in text.split()] for name, text in letters.items()}
+    shapes[data.draw(st.sampled_from("qkv"))][data.draw(st.integers(0, 3))] = data.draw(st.integers(1, 6))
+    q, k, v = (torch.randn(shape) for shape in shapes.values())
+    results = []
+    for path in (lambda: fused.attention(q, k, v), lambda: fused._plain_attention(q, k, v, False, None, 8**-0.5)):
+        try:
+            results.append(path())
+        except RuntimeError as error:
+            results.append(None)
+            assert "have shapes" in str(error) or "has shape" in str(error)
+    assert (results[0] is None) == (results[1] is None)
+    if results[0] is not None:
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mask", "slopes", "cos"])
+def test_what_gets_no_gradient_says_so(name):
+    q, k, v = (torch.randn(1, 2, 5, 32, requires_grad=True) for _ in range(3))
+    options = {"mask": None, "slopes": None, "cos": None, "sin": None}
+    options[name] = torch.ones({"mask": (5, 5), "slopes": (2,), "cos": (5, 16)}[name], requires_grad=True)
+    if name == "cos":
+        options["sin"] = torch.zeros(5, 16)
+    mask, slopes, cos, sin = options.values()
+    out, _ = ops.attention(q, k, v, mask, 1.0, False, None, 0, slopes, 0.0, cos, sin)
+    with pytest.raises(RuntimeError, match="mask, slopes, cos and sin no gradient"):
+        out.sum().backward()
+    if name == "mask":
+        with pytest.raises(RuntimeError, match="no gradient"):
+            ops.softmax(torch.randn(5, 5, requires_grad=True), mask, 1.0, False).sum().backward()
+    rotary = None if cos is None else (cos, sin)
+    fused.attention(q, k, v, mask=mask, slopes=slopes, rotary=rotary).sum().backward()  # in plain PyTorch
+    assert options[name].grad is not None
+
+
+@pytest.mark.skipif("amx" not in SETS, reason="this processor has no AMX")
+def test_the_matrix_unit_is_left_as_it_was():
+    """PyTorch's products of bfloat16 use it too, and may think that it is still set up for them."""
+    C.choose_instruction_set("amx")
+    x, w = torch.randn(64, 96).bfloat16(), torch.randn(96, 160).bfloat16()
+    q, k, v = (torch.randn(1, 2, 130, 64).bfloat16().requires_grad_() for _ in range(3))
+    wanted, want_sdpa = x @ w, F.scaled_dot_product_attention(q, k, v)
+    for _ in range(3):
+        fused.attention(q, k, v, causal=True).sum().backward()
+        assert torch.equal(x @ w, wanted) and torch.equal(F.scaled_dot_product_attention(q, k, v), want_sdpa)
+
+
 def test_gradcheck():  # finite differences in float32: coarse, but they know nothing of our formulas
     q, k, v, _, scale, _, _ = simple(3, 4, B=1, D=3, Dv=2)
     mask = torch.tensor([0.5, -0.5, -math.inf, 0.0])
@@ -718,7 +769,7 @@ def test_why_not_says_why_in_one_line():
         "float16": fused.why_not(q.half()),
         "k has dtype torch.bfloat16": fused.why_not(q, k.bfloat16(), v),
         "head size": None,
-        "the last of 1 to 256": fused.why_not(torch.zeros(1, 1, 1, 257)),
+        "the last up to 256": fused.why_not(torch.zeros(1, 1, 1, 257)),
         "v has shape (2, 2, 5, 300)": fused.why_not(q, k, torch.zeros(2, 2, 5, 300)),
         "q has shape (3, 16)": fused.why_not(q[0, 0]),
         "meta": fused.why_not(q.to("meta")),
