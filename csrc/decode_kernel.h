@@ -23,21 +23,31 @@ INLINE void fetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)row + i);
 }
 
-// s[g][j] = K_j q_g for n keys and NG query heads, W keys at a time: part[g][i] holds parts of key i's sum.
+// s[g][j] = K_j q_g for n keys and NG query heads, W keys at a time: part[g][i] holds parts of key i's sum. A few keys go
+// side by side, so that an element of q, once loaded, serves them all.
+constexpr int BESIDE = MINIMAL_VECTOR_REGISTERS == 32 ? 4 : 2;
 template <int NG, class E>
 static void scores_of(const float* q, const E* K, int64_t row, int64_t n, int64_t D, bool fetch, float* s) {
   for (int64_t j = 0; j < n; j += W) {
     vf part[NG][W];
-    for (int i = 0; i < W; i++) {
-      const E* key = K + least(j + i, n - 1) * row;
-      if (fetch) fetch_row(key + AHEAD * row, D * sizeof(E));
-      vf sums[NG][2] = {};
-      for (int64_t d = 0; d < D; d += 2 * W) {
-        const Two k = load_two(key + d);
-        UNROLL for (int g = 0; g < NG; g++)
-          sums[g][0] += k.a * load(q + g * D + d), sums[g][1] += k.b * load(q + g * D + d + W);
+    for (int i = 0; i < W; i += BESIDE) {
+      const E* key[BESIDE];
+      UNROLL for (int c = 0; c < BESIDE; c++) {
+        key[c] = K + least(j + i + c, n - 1) * row;
+        if (fetch) fetch_row(key[c] + AHEAD * row, D * sizeof(E));
       }
-      UNROLL for (int g = 0; g < NG; g++) part[g][i] = sums[g][0] + sums[g][1];
+      vf sums[NG][BESIDE] = {};
+      for (int64_t d = 0; d < D; d += 2 * W) {
+        Two k[BESIDE];
+        UNROLL for (int c = 0; c < BESIDE; c++) k[c] = load_two(key[c] + d);
+        UNROLL for (int g = 0; g < NG; g++) {
+          const vf a = load(q + g * D + d), b = load(q + g * D + d + W);
+          UNROLL for (int c = 0; c < BESIDE; c++) sums[g][c] += k[c].a * a;
+          UNROLL for (int c = 0; c < BESIDE; c++) sums[g][c] += k[c].b * b;
+        }
+      }
+      UNROLL for (int g = 0; g < NG; g++)
+        UNROLL for (int c = 0; c < BESIDE; c++) part[g][i + c] = sums[g][c];
     }
     UNROLL for (int g = 0; g < NG; g++) store(s + g * KEYS + j, sum_lanes(part[g]));
   }
