@@ -618,6 +618,8 @@ def test_a_validation_file_with_a_label_unseen_in_training(capsys):
     (["--model", "vae", "--label-smoothing", "0.1"], ["--label-smoothing", "VAE"]),
     (["--task", "classify", "--adversarial", "rdrop", "--dropout", "0"], ["rdrop", "--dropout"]),
     (["--task", "classify", "--adversarial", "fgm", "--compile"], ["--adversarial fgm", "--compile"]),
+    (["--recompute", "--compile"], ["--recompute", "--compile"]),
+    (["--model", "rnn", "--recompute"], ["--recompute", "--model rnn", "no blocks"]),
     (["--model", "bert", "--adversarial", "rdrop", "--dropout", "0.1"], ["rdrop", "mlm"]),
     (["--finetune", "distill", "--teacher", "a", "--base", "b"], ["--teacher a", "--base b"]),
     (["--task", "qa", "--label-smoothing", "0.1"], ["--label-smoothing", "qa"]),

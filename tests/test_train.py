@@ -723,6 +723,16 @@ def test_the_fused_path_and_the_plain_one_train_alike():
     assert "plain PyTorch" in said[1] and "MINIMAL_FUSED=0" in said[1]
 
 
+def test_recomputed_activations_give_the_same_run():
+    flags = [*TINY, "--data", "corpus", "--steps", "4", "--dropout", "0.2"]
+    losses = []
+    for recompute in ([], ["--recompute"]):
+        out = pathlib.Path(f"out/{len(losses)}")
+        train.main([*flags, "--out", str(out), *recompute])
+        losses.append([r["loss"] for r in lines(out)])
+    assert losses[0] == losses[1] and len(losses[0]) > 1
+
+
 @pytest.mark.parametrize("flags", [
     ["--tokenizer", "char", "--vocab-size", "400", "--seed", "7", "--prompt", "Per", "--top-p", "0.5"],
     ["--compile"],
