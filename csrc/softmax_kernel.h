@@ -169,7 +169,7 @@ static void softmax_rows_of(const Softmax& a, int64_t begin, int64_t end) {
   const bool as_it_lies = !a.mask.data && a.x.stride[3] == 1;
   ScratchBlock scratch((2 * block + 1) * room);
   float *z = scratch.start().next, *other = z + block * room, *mask = other + block * room;
-  Result<E> result[W], before[W];
+  Result<E> results[2][W], *result = results[0], *before = results[1];
   Place at_row(a.x, begin);
 
   for (int64_t first = begin; first < end; first += block) {
@@ -202,10 +202,12 @@ static void softmax_rows_of(const Softmax& a, int64_t begin, int64_t end) {
     for (int64_t i = R; i < block; i++) before[i].put_from(0);  // of a last, smaller block
     for (int64_t i = 0; i < block; i++) {
       result[i].inverse = i >= R || L[i] == 0 ? 0 : 1 / L[i];
-      before[i] = i < R ? result[i] : Result<E>{};
+      if (i >= R) result[i].n = 0;
     }
     float* swap = z;
     z = other, other = swap;
+    Result<E>* results_swap = result;  // by their addresses: a copy would wait for what was just stored in parts
+    result = before, before = results_swap;
   }
   for (int64_t i = 0; i < block; i++) before[i].put_from(0);
   end_stream();
