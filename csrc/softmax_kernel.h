@@ -137,13 +137,17 @@ INLINE View side_by_side(const View& x, int64_t& from, int64_t n, float* room) {
   return {room, Type::f32, {1, 1, 1, n}, {0, 0, 0, 1}};
 }
 
+INLINE vf exp_for(float, vf x) { return exp(x); }
+INLINE vf exp_for(Bf16, vf x) { return exp_for_bf16(x); }
+INLINE vf exp_for(Bf16InOrder, vf x) { return exp_for_bf16(x); }
+
 // z = exp(z - M) -> the sums in the lanes of a vector. Meanwhile `before` is written and `next` fetched.
 template <class E>
-INLINE vf exponentials(float* z, float M, int64_t n, const Result<E>& before, const E* next) {
+INLINE vf exponentials(float* z, float M, int64_t n, Result<E> before, const E* next) {
   const float shift = M == -INF ? 0 : M;  // nothing to see: exp(-inf - 0) = 0 everywhere, where -inf - -inf would be NaN
   vf l[2] = {};
   auto step = [&](int64_t c) {
-    const Two t = load_two(z + c), e = {exp(t.a - shift), exp(t.b - shift)};
+    const Two t = load_two(z + c), e = {exp_for(E{}, t.a - shift), exp_for(E{}, t.b - shift)};
     store_two(z + c, e);
     l[0] += e.a, l[1] += e.b;
     if (next)
