@@ -48,7 +48,7 @@ struct Worked {
 };
 INLINE Two load_two(const Worked* p) { return load_two((const float*)p); }
 INLINE Two in_order_of(float, Two t) { return t; }
-INLINE Two in_order_of(Bf16, Two t) { return {evens(t.a, t.b), odds(t.a, t.b)}; }
+INLINE Two in_order_of(Bf16, Two t) { return {shorten_nan(evens(t.a, t.b)), shorten_nan(odds(t.a, t.b))}; }
 
 // A row of any type and stride, zero past n up to a multiple of 2 W.
 template <class E>
@@ -58,7 +58,8 @@ static void read_row(const View& x, int64_t from, int64_t n, Worked* to) {
   for (int64_t c = 0; c < n; c += 2 * W) {
     const int64_t i = from + c * stride;
     Two t{same, same};
-    if (stride != 0) t = in_order_of(E{}, {read(x, i, stride, n - c), read(x, i + W * stride, stride, n - c - W)});
+    if (stride != 0) t = {read(x, i, stride, n - c), read(x, i + W * stride, stride, n - c - W)};
+    t = in_order_of(E{}, t);
     store_two((float*)to + c, n - c < 2 * W ? first(t, n - c, 0, E{}) : t);
   }
 }
@@ -163,6 +164,7 @@ static void softmax_rows_of(const Softmax& a, int64_t begin, int64_t end) {
   const bool x_as_it_lies = a.x.stride[3] == 1, mask_as_it_lies = a.mask.type == type && a.mask.stride[3] == 1;
   ScratchBlock scratch((2 * block + 1) * room);
   float *z = scratch.start().next, *other = z + block * room;
+  const float scale = shorten_nan(splat(a.scale))[0];
   Worked* mask = (Worked*)(other + block * room);
   int64_t in_mask = -1;  // which row of a.mask, if any: often it is that of all rows
   Result<E> results[2][W], *result = results[0], *before = results[1];
@@ -186,7 +188,7 @@ static void softmax_rows_of(const Softmax& a, int64_t begin, int64_t end) {
       if (a.mask.data && !mask_as_it_lies && in_mask != mask_from)
         read_row<E>(a.mask, mask_from, columns, mask), in_mask = mask_from;
       auto with = [&](auto* m) {
-        return x_as_it_lies ? scores<E>(x[i], m, a.scale, n, to) : scores<E>((const Worked*)to, m, a.scale, n, to);
+        return x_as_it_lies ? scores<E>(x[i], m, scale, n, to) : scores<E>((const Worked*)to, m, scale, n, to);
       };
       r[i] = !a.mask.data      ? with((const NoMask*)nullptr)
              : mask_as_it_lies ? with(place<const E>(a.mask, mask_from))
@@ -256,6 +258,7 @@ template <class X, class E>
 static void softmax_rows_backward_of(const SoftmaxBackward& a, int64_t begin, int64_t end, bool copy) {
   const int64_t columns = a.y.size[3], room = round_up(columns, 32);
   const int64_t block = most(1, least(W, BLOCK / most(1, columns)));
+  const float scale = shorten_nan(splat(a.scale))[0];
   ScratchBlock scratch(copy ? 2 * block * room : 0);
   Place at_row(a.y, begin);
   for (int64_t first = begin; first < end; first += block) {
@@ -279,7 +282,7 @@ static void softmax_rows_backward_of(const SoftmaxBackward& a, int64_t begin, in
     }
     if (block == 1) D[0] = sum_lanes(r[0]); else store(D, sum_lanes(r));
     for (int64_t i = 0; i < R; i++)
-      differences(dy[i], y[i], D[i], a.scale, columns, copy ? nullptr : ahead(dy[i], a.dy),
+      differences(dy[i], y[i], D[i], scale, columns, copy ? nullptr : ahead(dy[i], a.dy),
                   copy ? nullptr : ahead(y[i], a.y), a.past_caches && aligned(dx[i]), dx[i]);
   }
   end_stream();
