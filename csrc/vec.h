@@ -58,14 +58,20 @@ INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
 INLINE vi lane_numbers() { return vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 INLINE vf zip_low(vf a, vf b) { return SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); }
 INLINE vf zip_high(vf a, vf b) { return SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); }
+INLINE vf evens(vf a, vf b) { return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30); }
+INLINE vf odds(vf a, vf b) { return SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31); }
 #elif MINIMAL_VECTOR_BYTES == 32
 INLINE vi lane_numbers() { return vi{0, 1, 2, 3, 4, 5, 6, 7}; }
 INLINE vf zip_low(vf a, vf b) { return SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
 INLINE vf zip_high(vf a, vf b) { return SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+INLINE vf evens(vf a, vf b) { return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
+INLINE vf odds(vf a, vf b) { return SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15); }
 #else
 INLINE vi lane_numbers() { return vi{0, 1, 2, 3}; }
 INLINE vf zip_low(vf a, vf b) { return SHUFFLE(a, b, 0, 4, 1, 5); }
 INLINE vf zip_high(vf a, vf b) { return SHUFFLE(a, b, 2, 6, 3, 7); }
+INLINE vf evens(vf a, vf b) { return SHUFFLE(a, b, 0, 2, 4, 6); }
+INLINE vf odds(vf a, vf b) { return SHUFFLE(a, b, 1, 3, 5, 7); }
 #endif
 
 // All lanes summed or compared: each step halves the number of different ones.
@@ -105,7 +111,8 @@ INLINE void transpose(vf (&r)[W]) {
 // (our own minimax fit of the relative error). At most 1.1 ulp, 1.4 without fused multiply-add; results below the
 // smallest normal number are 0; NaN stays NaN.
 INLINE vf exp(vf x) {
-  const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
+  // 1.5 * 2^23 + 127: adding it rounds to an integer and leaves that plus 127, as exponents are written, in the low bits
+  const float round = 12583039.0f;
   vf shifted = x * 1.44269504f + round;
   vf n = shifted - round;
   vf r = x - n * 0.693359375f;  // ln 2 in two parts: n times the first is exact
@@ -116,8 +123,32 @@ INLINE vf exp(vf x) {
   p = p * r + 0.499999942f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  p *= (vf)(((vu)shifted << 23) + 0x3f800000u);  // 2^n, made in the exponent field
-  return x < -87.33654f ? vf{} : p;              // the comparison is false for NaN, and p is NaN then
+  p *= (vf)((vu)shifted << 23);                // 2^n, made in the exponent field
+  return x < -87.33654f ? vf{} : p;            // the comparison is false for NaN, and p is NaN then
+}
+
+// The same with a relative error of 3e-6, a hundredth of what rounding to bfloat16 adds: a power of two times a polynomial
+// of degree 4 (our own minimax fits) in what is left of x / ln 2. In AVX-512 both steps are single operations.
+INLINE vf exp_for_bf16(vf x) {
+  const vf t = x * 1.44269504f;
+#if MINIMAL_VECTOR_BYTES == 64
+  vf r, p;
+  asm("vreduceps $1, %1, %0" : "=v"(r) : "v"(t));  // t - floor(t)
+  p = r * 0.013534168f + 0.0520114611f;
+  p = p * r + 0.241442756f;
+  p = p * r + 0.693003835f;
+  p = p * r + 1.00000259f;
+  asm("vscalefps %1, %0, %0" : "+v"(p) : "v"(t));  // times 2^floor(t)
+#else
+  const float round = 12583039.0f;
+  const vf shifted = t + round, r = t - (shifted - round);
+  vf p = r * 0.009582853f + 0.055906426f;
+  p = p * r + 0.24024099f;
+  p = p * r + 0.6931242f;
+  p = p * r + 1.0f;
+  p *= (vf)((vu)shifted << 23);
+#endif
+  return x < -87.33654f ? vf{} : p;
 }
 
 // log(x) for normal x: x = 2^e f with f in [sqrt(1/2), sqrt(2)], log f = 2 atanh(s) for s = (f - 1) / (f + 1).
@@ -174,7 +205,15 @@ INLINE Two load_two(const Bf16* p) {
 }
 INLINE void store_two(float* p, Two t) { store(p, t.a), store(p + W, t.b); }
 INLINE void stream_two(float* p, Two t) { stream(p, t.a), stream(p + W, t.b); }
-INLINE vf pair_up(Two t) { return (vf)((round_to_bf16(t.a) >> 16) | (round_to_bf16(t.b) & 0xffff0000u)); }
+// A NaN is not looked for: those that come of bfloat16 and of arithmetic end in zeros, and rounding does not carry.
+INLINE vu round_short_nan_to_bf16(vf v) {
+  const vu u = (vu)v;
+  return u + 0x7fffu + ((u >> 16) & 1u);
+}
+INLINE vf shorten_nan(vf v) { return (vf)(v == v ? (vu)v : ((vu)v & 0xffff0000u) | 0x400000u); }
+INLINE vf pair_up(Two t) {
+  return (vf)((round_short_nan_to_bf16(t.a) >> 16) | (round_short_nan_to_bf16(t.b) & 0xffff0000u));
+}
 INLINE void store_two(Bf16* p, Two t) { store((float*)p, pair_up(t)); }
 INLINE void stream_two(Bf16* p, Two t) { stream((float*)p, pair_up(t)); }
 

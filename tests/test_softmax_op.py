@@ -173,6 +173,24 @@ def test_huge_and_bad_logits(isa):
 
 
 @pytest.mark.parametrize("isa", SETS)
+def test_every_nan_survives_rounding_to_bfloat16(isa):
+    """A NaN of ones to its end carries into the sign if it is rounded like a number."""
+    C.choose_instruction_set(isa)
+    ones = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    for width in (1, 37, 64):
+        x, mask = torch.randn(3, width).bfloat16(), torch.zeros(3, width)
+        mask[1, width // 2] = ones
+        y = fused.softmax(x, mask=mask)
+        assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+        x.view(torch.int16)[1, width // 2] = 0x7FFF
+        leaf = x.requires_grad_()
+        y = fused.softmax(leaf)
+        (dx,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+        for t in (y, dx):
+            assert t[1].isnan().all() and t[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", SETS)
 def test_rows_sum_to_one_and_order_is_kept(isa):
     C.choose_instruction_set(isa)
     x = torch.randn(40, 513) * 3
