@@ -270,18 +270,6 @@ static float finish_scores(const Attention& a, const Tile& t, const Block& k, Si
   return plain ? z.scale : 1;
 }
 
-// 2^x to 3e-6, a hundredth of what rounding to bfloat16 adds: 2^floor(x) times a polynomial (our own minimax fit) in what
-// is left of x. AVX-512 has an operation for each of these two steps, right for -inf as well.
-INLINE vf power_of_two(vf x) {
-  vf r, p;
-  asm("vreduceps $1, %1, %0" : "=v"(r) : "v"(x));
-  p = r * 0.013534168f + 0.0520114611f;
-  p = p * r + 0.241442756f;
-  p = p * r + 0.693003835f;
-  p = p * r + 1.00000259f;
-  asm("vscalefps %1, %0, %0" : "+v"(p) : "v"(x));
-  return p;
-}
 constexpr float LOG2_E = 1.44269504f;
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -304,12 +292,12 @@ static void amx_softmax(const Tile& t, const Block& k, const float* s, float fac
       if (j % 16 == 0) squares.begin_part(n / W * KEYS / 16 + (j - rows.begin) / 16 + 1, NQ / W * KEYS / 16);
       vf p[2];
       UNROLL for (int i = 0; i < 2; i++) {
-        p[i] = power_of_two((load(s + (j + i) * NQ + n) - shift) * to_log2);
+        p[i] = power_of_two_for_bf16((load(s + (j + i) * NQ + n) - shift) * to_log2);
         sums[i] += p[i];
       }
       store_pairs(P.from(j / 2, 2 * n).at, pairs_to_bf16(p[0], p[1]));
     }
-    const vf shrink = power_of_two((before - shift) * to_log2);
+    const vf shrink = power_of_two_for_bf16((before - shift) * to_log2);
     store(alpha + n, shrink);
     store(m + n, most_of);
     store(l + n, load(l + n) * shrink + (sums[0] + sums[1]));
@@ -436,7 +424,7 @@ static void amx_softmax_backward(const Tile& t, const Block& k, const float* s, 
         UNROLL for (int w = 0; w < 2; w++) {
           const int64_t here = (j + i) * NQ + n + w * W;
           const vf x = load(s + here) * to_log2 - load(lse + n + w * W);
-          P[i][w] = power_of_two(x > 0.0f ? vf{} : x);  // above only by the rounding of huge scores
+          P[i][w] = power_of_two_for_bf16(x > 0.0f ? vf{} : x);  // above only by the rounding of huge scores
           dS[i][w] = P[i][w] * (load(dp + here) - load(delta + n + w * W));
           if (slope) dS[i][w] *= load(slope + here);
           dS[i][w] = P[i][w] == 0.0f ? vf{} : dS[i][w];  // what is hidden may be NaN

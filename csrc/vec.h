@@ -127,10 +127,9 @@ INLINE vf exp(vf x) {
   return x < -87.33654f ? vf{} : p;            // the comparison is false for NaN, and p is NaN then
 }
 
-// The same with a relative error of 3e-6, a hundredth of what rounding to bfloat16 adds: a power of two times a polynomial
-// of degree 4 (our own minimax fits) in what is left of x / ln 2. In AVX-512 both steps are single operations.
-INLINE vf exp_for_bf16(vf x) {
-  const vf t = x * 1.44269504f;
+// 2^t to 3e-6, a hundredth of what rounding to bfloat16 adds: a power of two times a polynomial of degree 4 (our own
+// minimax fits) in what is left of t. In AVX-512 both steps are single operations, right for -inf as well.
+INLINE vf power_of_two_for_bf16(vf t) {
 #if MINIMAL_VECTOR_BYTES == 64
   vf r, p;
   asm("vreduceps $1, %1, %0" : "=v"(r) : "v"(t));  // t - floor(t)
@@ -139,17 +138,18 @@ INLINE vf exp_for_bf16(vf x) {
   p = p * r + 0.693003835f;
   p = p * r + 1.00000259f;
   asm("vscalefps %1, %0, %0" : "+v"(p) : "v"(t));  // times 2^floor(t)
+  return p;
 #else
-  const float round = 12583039.0f;
+  const float round = 12583039.0f;  // as in exp
   const vf shifted = t + round, r = t - (shifted - round);
   vf p = r * 0.009582853f + 0.055906426f;
   p = p * r + 0.24024099f;
   p = p * r + 0.6931242f;
   p = p * r + 1.0f;
-  p *= (vf)((vu)shifted << 23);
+  return p * (vf)((vu)shifted << 23);
 #endif
-  return x < -87.33654f ? vf{} : p;
 }
+INLINE vf exp_for_bf16(vf x) { return x < -87.33654f ? vf{} : power_of_two_for_bf16(x * 1.44269504f); }
 
 // log(x) for normal x: x = 2^e f with f in [sqrt(1/2), sqrt(2)], log f = 2 atanh(s) for s = (f - 1) / (f + 1).
 INLINE vf log(vf x) {
