@@ -11,6 +11,14 @@ Varshney, Xiong, Socher, "CTRL" (2019, arXiv 1909.05858) for the penalty. One to
     top-p        keep the smallest set of largest p_i = softmax(x)_i that sums to top_p or more
     sample       i ~ softmax(x over the kept)
 
+speculate() is after Leviathan, Kalman, Matias, "Fast Inference from Transformers via Speculative Decoding" (2023, arXiv
+2211.17192): a small draft model q guesses g tokens x_1..x_g one by one, the model p reads them all in one call, and
+
+    accept x_i with probability min(1, p_i(x_i) / q_i(x_i)), up to the first that is not;
+    one more token: in its place from max(0, p_i - q_i), normalised; after g accepted ones from p_{g+1}
+
+which gives tokens distributed exactly as p's own: p(x) = q(x) min(1, p(x)/q(x)) + P(rejected) max(0, p - q)(x) / sum.
+
 Departures: CTRL divides negative logits too, which would favour the repeated token: here they are multiplied. Top-k
 keeps k tokens, never more; which of several equal ones at the cut is left to PyTorch.
 
@@ -88,6 +96,12 @@ def _evaluating(model):
             module.training = True
 
 
+def _context(model):
+    config = getattr(model, "config", None)
+    context = getattr(config, "n_positions", getattr(config, "max_position_embeddings", None))
+    return None if context is None else context - getattr(model, "position_offset", 0)  # less a prefix's places
+
+
 def stream(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, eos_id=None,
            context=None, use_cache=True, generator=None):  # fmt: skip
     """Yield the new tokens of all rows, an int64 (B,) at each step, at most max_new_tokens times.
@@ -103,10 +117,7 @@ def stream(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=Non
         raise ValueError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}: wanted token ids (batch, at least one token)")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: wanted 0 or more")
-    if context is None:
-        config = getattr(model, "config", None)
-        context = getattr(config, "n_positions", getattr(config, "max_position_embeddings", None))
-        context = None if context is None else context - getattr(model, "position_offset", 0)  # less a prefix's places
+    context = _context(model) if context is None else context
     if context is not None and context < 1:
         raise ValueError(f"context = {context}: wanted 1 or more")
     window = ids if context is None else ids[:, -context:]  # what the model reads as one text
@@ -141,6 +152,60 @@ def stream(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=Non
 def generate(model, ids, max_new_tokens, **settings):
     """The prompts and what follows: int64 (B, T) -> (B, T + n), n at most max_new_tokens; settings as in `stream`."""
     return torch.cat([ids, *(token[:, None] for token in stream(model, ids, max_new_tokens, **settings))], dim=1)
+
+
+def _crop(cache, n):  # forget what was read after the first n tokens
+    cache[:] = [(k[:, :, :n], v[:, :, :n]) for k, v in cache]
+
+
+def speculate(model, draft, ids, max_new_tokens, *, guesses=4, temperature=1.0, top_k=None, top_p=None, eos_id=None,
+              generator=None):  # fmt: skip
+    """Yield new tokens, int64 (1,) each, distributed as `stream` gives them for the model alone (greedy: the same),
+    with fewer calls of it: one for several tokens, where the draft model guesses well.
+
+    ids: int64 (1, T). draft: a model of the same vocabulary, called as `stream` calls the model; guesses: g. The caches
+    of both hold a (k, v) for each layer, (1, H, S, D), and are cut. Other settings and errors as in `stream`;
+    ValueError, too, for more than one row, and where T + max_new_tokens do not fit the context of both.
+    """
+    if ids.dim() != 2 or ids.size(0) != 1 or ids.size(1) == 0 or ids.is_floating_point():
+        raise ValueError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}: wanted token ids (1, at least one token)")
+    if guesses < 1 or max_new_tokens < 0:
+        raise ValueError(f"guesses = {guesses!r}, max_new_tokens = {max_new_tokens!r}: wanted at least 1 and 0")
+    contexts = [c for m in (model, draft) if (c := _context(m)) is not None]
+    if contexts and ids.size(1) + max_new_tokens > min(contexts):
+        raise ValueError(f"{ids.size(1)} + {max_new_tokens} tokens: wanted up to the smaller context, {min(contexts)}")
+
+    def chances(logits):  # (n, V) -> (n, V)
+        return filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p).softmax(-1)
+
+    cache, draft_cache, read, draft_read, left = [], [], 0, 0, max_new_tokens
+    while left > 0:
+        T, g = ids.size(1), min(guesses, left - 1)
+        with torch.no_grad(), _evaluating(model), _evaluating(draft):
+            q, text = [], ids
+            for _ in range(g):
+                q.append(chances(draft(text[:, draft_read:], draft_cache)[:, -1]))  # (1, V)
+                draft_read = text.size(1)
+                text = torch.cat((text, torch.multinomial(q[-1], 1, generator=generator)), dim=1)
+            p = chances(model(text[:, read:], cache)[0, -g - 1 :])  # (g + 1, V)
+            accepted = 0
+            while accepted < g:
+                x = text[0, T + accepted]
+                ratio = p[accepted, x] / q[accepted][0, x]
+                if torch.rand((), generator=generator, device=ratio.device) >= ratio:
+                    break
+                accepted += 1
+            last = p[accepted] if accepted == g else (p[accepted] - q[accepted][0]).clamp(min=0)
+            last = torch.multinomial(last, 1, generator=generator)  # (1,), normalised by it
+            ids = torch.cat((text[:, : T + accepted], last[None]), dim=1)
+            read, draft_read = T + accepted, min(draft_read, T + accepted)
+            _crop(cache, read)
+            _crop(draft_cache, draft_read)
+        for token in ids[0, T:].split(1):
+            yield token
+            left -= 1
+            if token.item() == eos_id:
+                return
 
 
 def stream_text(model, tokenizer, prompt, max_new_tokens, *, stop=(), **settings):

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, reject
+from hypothesis import settings as limits
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import (
@@ -19,7 +20,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from minimal.generate import filter_logits, generate, penalise_repetition, stream, stream_text
+from minimal.generate import filter_logits, generate, penalise_repetition, speculate, stream, stream_text
 from minimal.gpt import GPT, GPTConfig
 
 
@@ -600,3 +601,92 @@ def test_a_prefix_leaves_less_of_the_context():
     model.position_offset, ids = 4, torch.arange(10)[None]
     a, b = (generate(model, ids, 20, temperature=0, use_cache=use_cache) for use_cache in (True, False))
     assert a.shape == (1, 30) and torch.equal(a, b)
+
+
+# ---- Speculative decoding ----
+
+
+class Counting:
+    """A bigram model with a cache that can be cut; counts its calls."""
+
+    def __init__(self, logits):
+        self.logits, self.calls = logits, 0
+
+    def __call__(self, ids, cache):
+        self.calls += 1
+        held = cache[0][0].size(2) if cache else 0
+        new = torch.zeros(1, 1, held + ids.size(1), 1)
+        cache[:] = [(new, new)]
+        return self.logits[ids]
+
+
+def small(seed, **sizes):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**(dict(vocab_size=11, n_positions=40, n_embd=16, n_layer=2, n_head=2, dropout=0.0) | sizes)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8)  # so that it has opinions
+    return model.double()
+
+
+@given(seed=st.integers(0, 50), guesses=st.integers(1, 6), new=st.integers(0, 20), prompt=st.integers(1, 5))
+@limits(max_examples=30, deadline=None)
+def test_greedy_speculation_is_greedy_decoding(seed, guesses, new, prompt):
+    model, draft = small(seed), small(seed % 3, n_embd=8, n_layer=1)  # sometimes alike in nothing
+    ids = torch.randint(0, 11, (1, prompt))
+    wanted = generate(model, ids, new, temperature=0)
+    found = torch.cat([ids[0], *speculate(model, draft, ids, new, guesses=guesses, temperature=0)])
+    assert torch.equal(found[None], wanted)
+
+
+def test_a_draft_that_is_the_model_saves_calls():
+    logits = torch.randn(7, 7)
+    model, draft = Counting(logits), Counting(logits)
+    tokens = [*speculate(model, draft, torch.tensor([[3]]), 20, guesses=4)]
+    assert len(tokens) == 20 and model.calls == 4 and draft.calls == 16  # five tokens a call
+
+
+@pytest.mark.parametrize("chosen", [{}, {"temperature": 1.5, "top_p": 0.9}, {"top_k": 2}])
+def test_speculated_tokens_are_distributed_as_the_models(chosen):
+    """All texts of three tokens: how often each comes, against its probability by the chain rule (chi-squared)."""
+    torch.manual_seed(2)
+    V, n = 4, 4000
+    model, draft = Counting(torch.randn(V, V)), Counting(torch.randn(V, V))
+    p = filter_logits(model.logits, **chosen).softmax(-1)  # (V, V)
+    start, counts = torch.tensor([[1]]), torch.zeros(V, V, V)
+    for _ in range(n):
+        a, b, c = torch.cat([*speculate(model, draft, start, 3, guesses=2, **chosen)])
+        counts[a, b, c] += 1
+    expected = n * p[1][:, None, None] * p[:, :, None] * p[None]
+    assert counts[expected == 0].sum() == 0
+    usual = expected > 5
+    chi2 = ((counts - expected)[usual] ** 2 / expected[usual]).sum()
+    freedom = int(usual.sum()) - 1
+    assert chi2 < freedom + 5 * math.sqrt(2 * freedom)
+    wrong = n * p[1][:, None, None] * p[:, :, None] * filter_logits(draft.logits, **chosen).softmax(-1)[None]
+    usual = wrong > 5  # the test can tell: the draft's last token would not pass
+    assert ((counts - wrong)[usual] ** 2 / wrong[usual]).sum() > freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_speculation_ends_at_eos_and_leaves_the_models_as_they_were():
+    model, draft = small(0).train(), small(1).eval()
+    ids = torch.tensor([[1, 2]])
+    free = torch.cat([*speculate(model, draft, ids, 12, temperature=0)])
+    eos = int(free[4])
+    ended = torch.cat([*speculate(model, draft, ids, 12, temperature=0, eos_id=eos)])
+    assert torch.equal(ended, free[: free.tolist().index(eos) + 1])
+    assert model.training and not draft.training
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(ids=torch.ones(2, 3, dtype=torch.long)), "wanted token ids"),
+    (dict(ids=torch.ones(1, 0, dtype=torch.long)), "wanted token ids"),
+    (dict(guesses=0), "guesses = 0"),
+    (dict(max_new_tokens=-1), "max_new_tokens = -1"),
+    (dict(max_new_tokens=39), "the smaller context, 40"),
+    (dict(temperature=-1), "temperature"),
+])  # fmt: skip
+def test_speculation_refuses(change, words):
+    arguments = dict(ids=torch.ones(1, 2, dtype=torch.long), max_new_tokens=3) | change
+    with pytest.raises(ValueError, match=words):
+        [*speculate(small(0), small(1), **arguments)]
