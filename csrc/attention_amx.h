@@ -168,7 +168,7 @@ INLINE vf row_to_bf16(vf x, vf y) {
   asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(x), "v"(y));
   return both;
 }
-// To nearest, ties away from 0; a NaN here comes from bfloat16, and has no low bits that would carry.
+// To nearest, ties away from 0. A NaN of 0x7fff8000 or more, as only a mask or slopes can bring, becomes 0.
 INLINE vf pairs_to_bf16(vf x, vf y) {
   return (vf)((((vu)x + 0x8000u) >> 16) | (((vu)y + 0x8000u) & 0xffff0000u));
 }
@@ -178,14 +178,18 @@ INLINE vf pairs_to_bf16(vf x, vf y) {
 static Matrix matrix_of(const Attention& a, const View& x, int64_t b, int64_t h, int64_t row, int64_t n, int64_t place,
                         Bf16* copy, float* room) {
   const int64_t D = x.size[3], ld = round_up(D, SIDE);
-  const bool turned = turns(a) && place >= 0;
-  if (x.stride[3] == 1 && D % SIDE == 0 && n % SIDE == 0 && !turned)
-    return {(Bf16*)x.data + at(x, b, h, row), x.stride[2]};
+  const bool turned = turns(a) && place >= 0, whole = x.stride[3] == 1 && D % SIDE == 0 && !turned;
+  if (whole && n % SIDE == 0) return {(Bf16*)x.data + at(x, b, h, row), x.stride[2]};
   for (int64_t i = 0; i < round_up(n, SIDE); i++) {
     const int64_t from = at(x, b, h, row + i);
+    if (whole || i >= n) {
+      for (int64_t d = 0; d < ld; d += 32)
+        store_pairs(copy + i * ld + d, i < n ? load_pairs((const Bf16*)x.data + from + d) : vf{});
+      continue;
+    }
     for (int64_t d = 0; d < ld; d += W)
-      store(room + d, i < n && d < D ? read(x, from + d * x.stride[3], x.stride[3], D - d) : vf{});
-    if (turned && i < n) turn(a, b, place + i, 1, room, 1);
+      store(room + d, d < D ? read(x, from + d * x.stride[3], x.stride[3], D - d) : vf{});
+    if (turned) turn(a, b, place + i, 1, room, 1);
     for (int64_t d = 0; d < ld; d += W) to_bf16(copy + i * ld + d, load(room + d));
   }
   return {copy, ld};
@@ -371,7 +375,9 @@ static void amx_forward_tile(const Attention& a, int64_t b, int64_t h, int64_t q
   for (int64_t n = 0; !begun && n < Dv * NQ; n += W) store(o + n, vf{});
 
   for (int64_t n = 0; n < NQ; n += W) {
-    const vf sums = load(l + n), lse = load(m + n) * factor + log(sums);
+    vf sums = load(l + n);
+    sums = sums == sums ? sums : splat(__builtin_nanf(""));  // one without low bits, where a mask has another
+    const vf lse = load(m + n) * factor + log(sums);
     store(l + n, sums == 0 ? vf{} : 1 / sums);
     write(a.lse, at(a.lse, b, h, q0 + n), a.lse.stride[2], qn - n, sums == 0 ? splat(-INF) : sums == sums ? lse : sums);
   }

@@ -290,8 +290,11 @@ static void adjust(const Attention& a, const Tile& t, const Block& k, Sight sigh
   if (masked && shared)  // the same for every query: read once
     for (int64_t j = 0; j < k.kn; j += W)
       store(room + j, read(z.mask, from + j * z.mask.stride[3], z.mask.stride[3], k.kn - j));
-  else if (masked)
+  else if (masked) {
     pack(z.mask, from, z.mask.stride[2], z.mask.stride[3], t.qn, k.kn, 1, room, NQ);
+    for (int64_t j = 0; j < k.kn; j++)  // lanes without a query see nothing: K may be NaN
+      for (int64_t n = t.qn; n < NQ; n++) room[j * NQ + n] = -INF;
+  }
   const float alibi = z.slopes.data ? read(z.slopes, at(z.slopes, t.b, t.h, 0), 0, 1)[0] : 0;
   for (int64_t n = 0; n < NQ; n += W) {
     const Seen rows = rows_seen(t, k, n);

@@ -426,6 +426,22 @@ def test_what_a_mask_hides_may_be_nan(isa, Tq, D):  # as in plain PyTorch, wheth
 
 
 @pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("Tq", [17, 40, 64])
+def test_hidden_nan_gives_keys_and_values_no_gradient(isa, dtype, Tq):  # nor do the lanes past the last query
+    C.choose_instruction_set(isa)
+    q, k, v, _, scale, _, grad = simple(Tq, 100, D=32, Dv=32, dtype=dtype)
+    mask = torch.ones(Tq, 100, dtype=torch.bool)
+    mask[:, [3, 70]] = False
+    wanted = with_grads(naive, q, k, v, mask, scale, False, grad, torch.float64)
+    k[:, :, [3, 70]] = torch.tensor([math.nan, math.inf], dtype=dtype)[:, None]
+    for m in (mask, torch.zeros(Tq, 100).masked_fill(~mask, -math.inf)):
+        got = with_grads(run_fused, q, k, v, m, scale, False, grad, dtype)
+        for g, w in ((got[2], wanted[2]), (got[3], wanted[3])):
+            assert (g - w).abs().max() <= 16 * EPS[dtype] * largest(w) and g[:, :, [3, 70]].eq(0).all()
+
+
+@pytest.mark.parametrize("isa", SETS)
 def test_a_single_query_sees_what_is_bad(isa):
     C.choose_instruction_set(isa)
     q, k, v, _, scale, _, grad = simple(1, 600, D=32, Dv=64)
@@ -463,6 +479,11 @@ def test_nan_is_not_swallowed(isa, dtype):
     dq, dk, dv = with_grads(run_fused, q, k, v, None, scale, False, grad, dtype)[1:]
     assert dq[0, 0, 3].isnan().all() and dk[0, 0].isnan().all() and dv[0, 0, :, 5].isnan().all()
     assert dq[0, 1].isfinite().all() and dv[0, 1].isfinite().all()
+    q, k, v, _, scale, _, grad = simple(40, 70, B=1, dtype=dtype)
+    bias = torch.zeros(40, 70)
+    bias.view(torch.int32)[7, 5] = 0x7FFFFFFF  # a NaN, too: rounding to bfloat16 must not carry out of it
+    results = with_grads(run_fused, q, k, v, bias, scale, False, grad, dtype)
+    assert all(x[:, :, 7].isnan().all() for x in results[:2]) and all(x.isnan().all() for x in results[2:])
 
 
 @given(data=st.data())
