@@ -57,8 +57,9 @@ constexpr struct { Isa isa; const char* name; } names[] = {
 bool has_amx() {
 #if defined(__linux__)
   unsigned a, b, c, d;
-  const unsigned tile = 1u << 24, bf16 = 1u << 22;
+  const unsigned tile = 1u << 24, bf16 = 1u << 22, vector_bf16 = 1u << 5;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & tile) || !(d & bf16)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & vector_bf16)) return false;  // a virtual machine may hide it
   const long ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
   return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
 #else
@@ -83,7 +84,7 @@ bool runs_here(Isa isa) {
 // "" chooses the best. False: not a name, or not for this processor.
 bool find(const char* name, Isa& found) {
   for (const auto& n : names)
-    if (runs_here(n.isa) && (!*name || !std::strcmp(name, n.name))) {
+    if ((!*name || !std::strcmp(name, n.name)) && runs_here(n.isa)) {
       found = n.isa;
       return true;
     }
