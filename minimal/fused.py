@@ -110,8 +110,7 @@ def _check_leaves(ctx, leaves):
 
 def _softmax_backward(ctx, grad):
     _check_leaves(ctx, 1)
-    (y,) = ctx.saved_tensors
-    return torch.ops.minimal.softmax_backward(grad, y, ctx.scale), None, None, None
+    return torch.ops.minimal.softmax_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None
 
 
 def _attention_context(ctx, inputs, output):
@@ -298,6 +297,8 @@ def _plain_softmax(x: Tensor, causal: bool, mask: Tensor | None, scale: float) -
         s = s + mask
     elif mask is not None:  # 0s and 1s: adding them would mask nothing, and nobody would notice
         raise TypeError(f"mask has dtype {mask.dtype}; wanted bool (True: may attend) or floating point (added)")
+    if s.shape != x.shape:  # the mask would widen it
+        raise RuntimeError(f"mask has shape {tuple(mask.shape)}; wanted one that broadcasts to {tuple(x.shape)}")
     if causal:
         Tq, Tk = s.shape[-2:]
         s = s.masked_fill(~torch.ones(Tq, Tk, dtype=torch.bool, device=s.device).tril(Tk - Tq), -math.inf)
@@ -316,19 +317,18 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _plain_attention(q, k, v, causal, mask, scale, cu_seqlens=None, window=0, slopes=None, softcap=0.0, rotary=None):
     fit = q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3] and k.shape[::3] == q.shape[::3]
-    if not fit or q.shape[1] % max(k.shape[1], 1):
+    if not fit or min(q.shape[1], k.shape[1]) < 1 or q.shape[1] % k.shape[1]:
         wanted = "wanted (B, H, Tq, D), (B, Hkv, Tk, D) and (B, Hkv, Tk, Dv), where Hkv divides H"
         raise RuntimeError(f"q, k and v have shapes {', '.join(str(tuple(x.shape)) for x in (q, k, v))}; {wanted}")
     if rotary is not None:
         q, k = _turn(q, *rotary), _turn(k, *rotary)
-    k, v = (x.repeat_interleave(q.shape[1] // max(x.shape[1], 1), 1) for x in (k, v))  # (B, H, Tk, D), (B, H, Tk, Dv)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # (B, H, Tk, D), (B, H, Tk, Dv)
     s = q @ k.mT  # (B, H, Tq, Tk)
     if softcap or window or slopes is not None or cu_seqlens is not None:
-        s, scale, (B, _, Tq, Tk) = scale * (s if s.dtype == torch.float64 else s.float()), 1.0, s.shape
+        s, scale, (B, H, Tq, Tk) = scale * (s if s.dtype == torch.float64 else s.float()), 1.0, s.shape
         i, j = torch.arange(Tq, device=q.device)[:, None] + Tk - Tq, torch.arange(Tk, device=q.device)
         s = softcap * torch.tanh(s / softcap) if softcap else s
-        if slopes is not None:  # (H,) or (B, H)
-            s = s - slopes[..., None, None] * (i - j).abs()
+        s = s if slopes is None else s - slopes.expand(B, H)[..., None, None] * (i - j).abs()
         s = s.masked_fill((i - j).abs() >= window, -math.inf) if window else s
         if cu_seqlens is not None:
             token = torch.arange(B * Tk, device=q.device)

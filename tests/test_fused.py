@@ -492,10 +492,11 @@ def test_both_paths_refuse_the_same_shapes(data):
     sizes = {"B": 2, "H": 4, "Hkv": 2, "Tq": 3, "Tk": 5, "D": 8, "Dv": 6}
     letters = {"q": "B H Tq D", "k": "B Hkv Tk D", "v": "B Hkv Tk Dv"}
     shapes = {name: [sizes[x] for x in text.split()] for name, text in letters.items()}
-    shapes[data.draw(st.sampled_from("qkv"))][data.draw(st.integers(0, 3))] = data.draw(st.integers(1, 6))
+    shapes[data.draw(st.sampled_from("qkv"))][data.draw(st.integers(0, 3))] = data.draw(st.integers(0, 6))
     q, k, v = (torch.randn(shape) for shape in shapes.values())
+    scale = max(q.shape[-1], 1) ** -0.5
     results = []
-    for path in (lambda: fused.attention(q, k, v), lambda: fused._plain_attention(q, k, v, False, None, 8**-0.5)):
+    for path in (lambda: fused.attention(q, k, v), lambda: fused._plain_attention(q, k, v, False, None, scale)):
         try:
             results.append(path())
         except RuntimeError as error:
@@ -504,6 +505,20 @@ def test_both_paths_refuse_the_same_shapes(data):
     assert (results[0] is None) == (results[1] is None)
     if results[0] is not None:
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_both_paths_refuse_options_that_would_widen_the_scores():
+    q, k, v = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    mask = torch.ones(3, 1, 5, 7, dtype=torch.bool)
+    for options in ({"mask": mask}, {"mask": mask.float()}, {"mask": mask[None]}, {"slopes": torch.ones(3, 4)}):
+        given = (options.get("mask"), 1.0, None, 0, options.get("slopes"))
+        with pytest.raises(RuntimeError):
+            fused.attention(q, k, v, **options)
+        with pytest.raises(RuntimeError):
+            fused._plain_attention(q, k, v, False, *given)
+    for softmax in (fused.softmax, lambda x, mask: fused._plain_softmax(x, False, mask, 1.0)):
+        with pytest.raises(RuntimeError, match="broadcasts to"):
+            softmax(torch.randn(5, 7), mask=torch.zeros(3, 5, 7))
 
 
 @pytest.mark.parametrize("name", ["mask", "slopes", "cos"])
