@@ -78,8 +78,8 @@ def main():
     x = torch.randn(1024, 1024)
     result["torch_mm"] = 2 * 1024**3 / seconds(lambda: torch.mm(x, x), 3)
     print(f"torch.mm {result['torch_mm'] / 1e9:.0f} GFLOP/s, {result['torch_mm'] / peak:.2f} of it")
-    copies = {"float32": 8, "bfloat16": 4}
-    print(", ".join(f"exp alone {rates['exp'] * n / 1e9:.0f} GB/s of a {d} softmax" for d, n in copies.items()))
+    for dtype, exponential, read_and_written in (("float32", "exp", 8), ("bfloat16", "exp_for_bf16", 4)):
+        print(f"its exponential alone: {rates[exponential] * read_and_written / 1e9:.0f} GB/s of a {dtype} softmax")
     for dtype in (torch.float32, torch.bfloat16):
         for H, Hkv in ((2, 2), (6, 2)):
             name = f"{H} heads on {Hkv}, {str(dtype).removeprefix('torch.')}"
