@@ -2,16 +2,16 @@
 // Attention of bfloat16 with AMX, the matrix unit of Intel's processors since 2023: it multiplies 16 x 32 by 32 x 16
 // bfloat16 and adds up in float32, sixteen times as fast as the vector unit multiplies float32.
 //
-// Tiles, blocks and masks are those of attention_kernel.h, and the queries again lie in the lanes of the scores. But here
-// O and dQ stand transposed, too, and all products are of one form, C = A B, by squares of 32 x 32:
+// Tiles, blocks and masks are those of attention_kernel.h, and the queries again lie in the lanes of the scores. But
+// here O and dQ stand transposed, too, and all products are of one form, C = A B, by squares of 32 x 32:
 //
 //     S' = K Q'     dP' = V dO'     O' += V' P'     dV += P' dO     dK += dS' Q     dQ' += K' dS'
 //
-// What no query of a square sees is neither multiplied nor read; where an edge passes through one, P and dS are 0. As in
-// PyTorch's attention of bfloat16, P and dS are rounded to bfloat16 for the products, and nothing else is. (The unit takes
-// numbers below 2^-126 for 0.)
+// What no query of a square sees is neither multiplied nor read; where an edge passes through one, P and dS are 0. As
+// in PyTorch's attention of bfloat16, P and dS are rounded to bfloat16 for the products, as are Q and K once their rotary
+// positions have turned them. (The unit takes numbers below 2^-126 for 0.)
 //
-// The unit reads A by rows. Of B it wants pairs: row j of a matrix of pairs holds B[2j][i], B[2j+1][i] for each column i.
+// The unit reads A by rows. Of B it wants pairs: row j of a matrix of pairs holds B[2j][i], B[2j+1][i] for each column.
 //
 //          A = K, as it lies          B = Q' in pairs            B = P' in pairs         A = P'
 //             d ->                       query ->                   query ->                query ->
@@ -103,7 +103,7 @@ struct Squares {
     const Square& w = waiting[begun++];
     square(w.A, w.B, w.depth, w.C, w.ldc, w.add);
   }
-  // The first `part` of `parts`. Without a square the unit gets something to do in registers that each square fills anew.
+  // The first `part` of `parts`. Without a square the unit gets work in registers that each square fills anew.
   void begin_part(int64_t part, int64_t parts) {
     const int before = begun;
     while (begun * parts < n * part) begin_one();
@@ -173,8 +173,8 @@ INLINE vf pairs_to_bf16(vf x, vf y) {
   return (vf)((((vu)x + 0x8000u) >> 16) | (((vu)y + 0x8000u) & 0xffff0000u));
 }
 
-// n rows of a tensor as they lie, or else copied and padded with zeros to a multiple of 32, both ways. With a place they
-// are turned by their rotary positions.
+// n rows of a tensor as they lie, or else copied and padded with zeros to a multiple of 32, both ways. With a place
+// they are turned by their rotary positions.
 static Matrix matrix_of(const Attention& a, const View& x, int64_t b, int64_t h, int64_t row, int64_t n, int64_t place,
                         Bf16* copy, float* room) {
   const int64_t D = x.size[3], ld = round_up(D, SIDE);
@@ -252,7 +252,7 @@ static void put_scores(const Tile& t, const Block& k, Matrix K, Matrix Q, int64_
       squares.put(K.from(j, 0), Q.from(0, 2 * n), D, s + j * t.NQ + n, t.NQ, false);
   }
 }
-// ... and, once multiplied, made into scores, but for the factor that is returned; -inf where a query does not see a key.
+// ... and, once multiplied, made into scores but for the factor that is returned; -inf where a query sees no key.
 static float finish_scores(const Attention& a, const Tile& t, const Block& k, Sight sight, float* s, float* slope,
                            float* room) {
   const int64_t NQ = t.NQ;
@@ -379,7 +379,8 @@ static void amx_forward_tile(const Attention& a, int64_t b, int64_t h, int64_t q
     sums = sums == sums ? sums : splat(__builtin_nanf(""));  // one without low bits, where a mask has another
     const vf lse = load(m + n) * factor + log(sums);
     store(l + n, sums == 0 ? vf{} : 1 / sums);
-    write(a.lse, at(a.lse, b, h, q0 + n), a.lse.stride[2], qn - n, sums == 0 ? splat(-INF) : sums == sums ? lse : sums);
+    const vf logsumexp = sums == 0 ? splat(-INF) : sums == sums ? lse : sums;
+    write(a.lse, at(a.lse, b, h, q0 + n), a.lse.stride[2], qn - n, logsumexp);
   }
   write_transposed(o, NQ, l, a.out, b, h, q0, qn);
 }
@@ -396,7 +397,7 @@ static void amx_forward_tiles(void* context, int64_t begin, int64_t end) {
     if (at_head != b * a.k.size[1] + kv) head = keys_and_values(a, b, kv, {0, Tk}, false, true, heads.start());
     at_head = b * a.k.size[1] + kv;
     const int64_t q0 = spread(i % tiles, tiles) * QUERIES;
-    for (int64_t q = q0; q < least(q0 + QUERIES, a.q.size[2]); q += SIDE)  // half a tile of queries fills the lanes here
+    for (int64_t q = q0; q < least(q0 + QUERIES, a.q.size[2]); q += SIDE)  // half a tile of queries fills the lanes
       amx_forward_tile(a, b, h, q, head, block.start());
   }
 }
@@ -516,7 +517,7 @@ static void amx_backward_range(const Attention& a, int64_t b, Range h_range, Ran
         }
         for (int64_t n = 0; want_q && n < NQ; n += SIDE) {
           const Range squares = squares_of(t, k, n);
-          for (int64_t d = 0; squares.begin < squares.end && d < D; d += SIDE)  // (D,keys) x (keys,queries) -> (D,queries)
+          for (int64_t d = 0; squares.begin < squares.end && d < D; d += SIDE)  // (D,keys) x (keys,queries)
             square(head.Kt.from(d, k0 - k_base + squares.begin), rounded.dS_pairs.from(squares.begin / 2, 2 * n),
                    squares.end - squares.begin, dq + d * NQ + n, NQ, true);
         }

@@ -42,13 +42,13 @@ int64_t threads(Parallel parallel) {
   return pieces;
 }
 
-// One of the functions above for this processor: for bfloat16 on its matrix unit, if it has one, and if there are as many
-// rows as its tiles have.
+// One of the kernels' functions for this processor: for bfloat16 on its matrix unit, if it has one, and if there are rows
+// enough to fill a square of it.
 #if MINIMAL_X86
 #define BEST(f) (on_matrix_unit(a) ? avx512::amx_##f : MINIMAL_BEST(f))
 bool on_matrix_unit(const Attention& a) {
   const bool bf16 = a.q.type == Type::bf16 && a.k.type == Type::bf16 && a.v.type == Type::bf16;
-  return isa() == Isa::amx && bf16 && a.q.size[2] >= 16 && a.k.size[2] >= 16;
+  return isa() == Isa::amx && bf16 && a.q.size[2] >= 32 && a.k.size[2] >= 32;
 }
 #else
 #define BEST(f) MINIMAL_BEST(f)
