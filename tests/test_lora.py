@@ -1025,7 +1025,9 @@ def test_a_head_is_saved_whole_with_its_buffers(merged, tmp_path):
     oracle = peft.PeftModel.from_pretrained(Body(), tmp_path).eval()
     torch.testing.assert_close(oracle(x), adapted)
     load_lora(again := Body().eval(), tmp_path)
-    assert torch.equal(again(x), adapted)
+    torch.testing.assert_close(again(x), adapted)  # not bit by bit: a product may depend on how its weight lies
+    for name, value in model.top.state_dict().items():
+        assert torch.equal(again.top.state_dict()[name], value), name
     assert again.top[1].num_batches_tracked == 1
     assert all(p.requires_grad for p in again.top.parameters())
 
