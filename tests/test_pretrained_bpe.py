@@ -346,16 +346,20 @@ BOTH = [(lstrip, rstrip) for lstrip in (False, True) for rstrip in (False, True)
 
 @pytest.mark.parametrize("first", BOTH)
 @pytest.mark.parametrize("second", BOTH)
-def test_white_space_that_two_added_tokens_claim(first, second):  # one strips it, and it is the other
+@pytest.mark.parametrize(
+    "contents", [("½x", "  "), ("½x", " "), ("½ ", " x"), (" x", "  "), ("x\n", "\n"), ("<x>", " \u3000")]
+)
+def test_white_space_that_two_added_tokens_claim(contents, first, second):
+    """One strips it, and it is the other, or the other begins or ends with it."""
     tree = copy.deepcopy(tree_of(trained("gpt2")))
     size, off = len(tree["model"]["vocab"]), {"special": False, "normalized": False, "single_word": False}
     tree["added_tokens"] = [
         {"id": size + n, "content": content, "lstrip": lstrip, "rstrip": rstrip} | off
-        for n, (content, (lstrip, rstrip)) in enumerate([("½x", first), ("  ", second)])
+        for n, (content, (lstrip, rstrip)) in enumerate(zip(contents, (first, second), strict=True))
     ]
     theirs, ours = hf.Tokenizer.from_str(json.dumps(tree)), PretrainedBPE(tree)
-    for text in ("½x  ", "½x   ", "½x    b", "  ½x", "   ½x", "½x  ½x", " ½x    ½x", "½x  \n  b", "b    "):
-        agree(ours, theirs, text, False)
+    for parts in itertools.product((*contents, " ", "b"), repeat=4):
+        agree(ours, theirs, "".join(parts), False)
 
 
 def test_what_a_word_and_a_space_are():
