@@ -104,7 +104,7 @@ def _softmax_context(ctx, inputs, output):
 
 def _check_leaves(ctx, leaves):
     if any(ctx.needs_input_grad[leaves:]):
-        raise RuntimeError("torch.ops.minimal gives mask, slopes, cos and sin no gradient; MINIMAL_FUSED=0 does")
+        raise RuntimeError("torch.ops.minimal gives mask, slopes, cos and sin no gradient; minimal.fused does")
 
 
 def _softmax_backward(ctx, grad):

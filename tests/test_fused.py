@@ -570,23 +570,30 @@ def test_both_paths_refuse_options_that_would_widen_the_scores():
             softmax(torch.randn(5, 7), mask=torch.zeros(3, 5, 7))
 
 
-@pytest.mark.parametrize("name", ["mask", "slopes", "cos"])
-def test_what_gets_no_gradient_says_so(name):
-    q, k, v = (torch.randn(1, 2, 5, 32, requires_grad=True) for _ in range(3))
-    options = {"mask": None, "slopes": None, "cos": None, "sin": None}
-    options[name] = torch.ones({"mask": (5, 5), "slopes": (2,), "cos": (5, 16)}[name], requires_grad=True)
-    if name == "cos":
-        options["sin"] = torch.zeros(5, 16)
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("name", ["mask", "slopes", "cos", "sin"])
+def test_what_gets_no_gradient_says_so(name, others):
+    """Of the operators an error, whether or not q, k and v need gradients, too; minimal.fused goes to plain PyTorch."""
+    q, k, v = (torch.randn(1, 2, 5, 32, requires_grad=others) for _ in range(3))
+    options = {"mask": torch.randn(5, 5), "slopes": torch.rand(2), "cos": torch.rand(5, 16), "sin": torch.rand(5, 16)}
     mask, slopes, cos, sin = options.values()
-    out, _ = ops.attention(q, k, v, mask, 1.0, False, None, 0, slopes, 0.0, cos, sin)
+    arguments = (q, k, v, mask, 0.5, True, None, 0, slopes, 0.0, cos, sin)
+    ops.attention(*arguments)[0].requires_grad_().sum().backward()  # none of them needs one: no error
+    options[name].requires_grad_()
     with pytest.raises(RuntimeError, match="mask, slopes, cos and sin no gradient"):
-        out.sum().backward()
+        ops.attention(*arguments)[0].sum().backward()
     if name == "mask":
         with pytest.raises(RuntimeError, match="no gradient"):
-            ops.softmax(torch.randn(5, 5, requires_grad=True), mask, 1.0, False).sum().backward()
-    rotary = None if cos is None else (cos, sin)
-    fused.attention(q, k, v, mask=mask, slopes=slopes, rotary=rotary).sum().backward()  # in plain PyTorch
-    assert options[name].grad is not None
+            ops.softmax(torch.randn(5, 5, requires_grad=others), mask, 1.0, False).sum().backward()
+
+    ours = fused.attention(q, k, v, scale=0.5, causal=True, mask=mask, slopes=slopes, rotary=(cos, sin))
+    wide = {n: x.detach().double().requires_grad_(n == name) for n, x in options.items()}
+    distance = (torch.arange(5)[:, None] - torch.arange(5)).abs()
+    bias = wide["mask"] - wide["slopes"][:, None, None] * distance
+    wanted = naive(*(x.detach().double() for x in (q, k, v)), bias, 0.5, True, rotary=(wide["cos"], wide["sin"]))
+    for out in (ours, wanted):
+        out.pow(2).sum().backward()
+    torch.testing.assert_close(options[name].grad.double(), wide[name].grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif("amx" not in SETS, reason="this processor has no AMX")
