@@ -261,7 +261,9 @@ def test_drawn_patterns(pattern, behavior, invert, text):
     try:
         ours = file.cut_step(step)
     except ValueError as error:
-        assert "matches the empty text" in str(error)
+        sets = re.findall(r"\[\^[^]]*\]", pattern)
+        refused = any(re.search(r"\\[DSP]", s) and re.search(r"\\[dsp]", s) for s in sets)
+        assert ("not read alike" if refused else "matches the empty text") in str(error)
         return
     assert ours(text) == [piece for piece, _ in oracle.pre_tokenize_str(text)]
 
@@ -283,6 +285,7 @@ def test_split_by_a_string(pattern, behavior, invert, text):
     "pattern",
     [r"^a", r"a$", ".", r"(?<=a)b", r"(?=a)b", r"\bfoo", r"\w+", r"\h", r"(a)\1", r"(?i:ss)", r"(?i)a", r"(a+)+",
      r"(a|b){2}", r"[a[b]]", r"[a&&b]", r"[[:alpha:]]", r"a{2}+", r"a{,3}", r"(?>a)", r"\p{Han}", r"\X", r"\K",
+     r"[^\d\D]", r"a|[^\].\P{Nd}\d]",
      r"(?x) a", "", "a|", r"\s*", "(", ")", "[", "a{1000}", r"\A", r"\Z", "(?#a)", r"a(?!\S)*"],
 )  # fmt: skip
 def test_patterns_that_engines_read_differently_are_refused(pattern):
