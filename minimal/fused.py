@@ -31,11 +31,10 @@ import warnings
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
-MAX_HEAD_SIZE = 256
 _CPU_DTYPES, _CUDA_DTYPES = (torch.float32, torch.bfloat16), (torch.float32, torch.float16, torch.bfloat16)
-_CUDA_HEAD_SIZES = (32, 64, 96, 128)
+MAX_HEAD_SIZE, _CUDA_HEAD_SIZES = 256, (32, 64, 96, 128)
 
 
 def _load() -> str | None:
@@ -105,7 +104,7 @@ def _softmax_context(ctx, inputs, output):
 
 def _check_leaves(ctx, leaves):
     if any(ctx.needs_input_grad[leaves:]):
-        raise RuntimeError("torch.ops.minimal gives mask, slopes, cos and sin no gradient; MINIMAL_FUSED=0 does")
+        raise RuntimeError("torch.ops.minimal gives mask, slopes, cos and sin no gradient; minimal.fused does")
 
 
 def _softmax_backward(ctx, grad):
@@ -149,8 +148,7 @@ def _eager(op, context, backward, leaves: int):
         context(ctx, inputs, output)
         return output
 
-    rules = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    rule = type("Fused", (torch.autograd.Function,), rules)
+    rule = type("Fused", (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
     def call(*inputs):
         if torch.compiler.is_compiling():
@@ -187,10 +185,8 @@ def _barred() -> str | None:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that attention computes in: x's own or, under autocast, what autocast gives to PyTorch's attention."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    cast = torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
 
 
 def _unfit(name: str, x: Tensor) -> str | None:
@@ -213,10 +209,8 @@ def why_not(q=None, k=None, v=None, *, mask=None, dropout=0.0, slopes=None, soft
 
     Only what decides the path is looked at: shapes that do not fit together are for the operator, which raises.
     """
-    if (reason := _barred()) is not None:
-        return reason
-    if dropout:
-        return f"dropout={dropout}: the fused path has none"
+    if (reason := _barred()) is not None or dropout:
+        return reason or f"dropout={dropout}: the fused path has none"
     dtype, autocast = None, torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     for name, x in [(n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t is not None]:
         if (reason := _unfit(name, x)) is not None:
@@ -258,7 +252,7 @@ def attention(
     softcap > 0: softcap tanh(scale q k^T / softcap), before slopes and mask (Gemma 2, arXiv 2408.00118).
     rotary: cos and sin, float32 (Tk, D/2) or (B, Tk, D/2), that turn the pairs (d, d + D/2) of q and k on their way in
     (Su et al. 2021, arXiv 2104.09864); query i takes row i + Tk - Tq >= 0. Keys from a cache were turned before.
-    Raises RuntimeError, fused in one line that names the argument, for sizes or dtypes that do not fit together.
+    Raises RuntimeError, in one line that names the argument, where sizes do not fit; fused, for a bad cu_seqlens, too.
     """
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     if why_not(q, k, v, mask=mask, slopes=slopes, softcap=softcap, rotary=rotary) is not None:
@@ -291,14 +285,13 @@ def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False, mask: Tensor
 def _plain_softmax(x: Tensor, causal: bool, mask: Tensor | None, scale: float) -> Tensor:
     """The definition, differentiable as often as one likes."""
     s = scale * (x if x.dtype == torch.float64 else x.float())
-    if mask is not None and mask.dtype == torch.bool:
-        s = s.masked_fill(~mask, -math.inf)
-    elif mask is not None and mask.is_floating_point():
-        s = s + mask
-    elif mask is not None:  # 0s and 1s: adding them would mask nothing, and nobody would notice
-        raise TypeError(f"mask has dtype {mask.dtype}; wanted bool (True: may attend) or floating point (added)")
-    if s.shape != x.shape:  # the mask would widen it
-        raise RuntimeError(f"mask has shape {tuple(mask.shape)}; wanted one that broadcasts to {tuple(x.shape)}")
+    if mask is not None:
+        if mask.dtype != torch.bool and not mask.is_floating_point():  # 0s and 1s would be added, and mask nothing
+            raise TypeError(f"mask has dtype {mask.dtype}; wanted bool (True: may attend) or floating point (added)")
+        pairs = zip(mask.shape[::-1], x.shape[::-1], strict=False)
+        if mask.dim() > x.dim() or any(m not in (n, 1) for m, n in pairs):
+            raise RuntimeError(f"mask has shape {tuple(mask.shape)}; wanted one that broadcasts to {tuple(x.shape)}")
+        s = s.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s + mask
     if causal:
         Tq, Tk = s.shape[-2:]
         s = s.masked_fill(~torch.ones(Tq, Tk, dtype=torch.bool, device=s.device).tril(Tk - Tq), -math.inf)
@@ -308,24 +301,32 @@ def _plain_softmax(x: Tensor, causal: bool, mask: Tensor | None, scale: float) -
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions: x (B, H, T, D) and the last T rows of cos and sin (Tk, D/2) or (B, Tk, D/2) -> R x."""
-    if x.shape[2] > cos.shape[-2]:
-        raise RuntimeError(f"rotary with {x.shape[2]} queries and {cos.shape[-2]} keys; wanted at least as many keys")
     cos, sin = (t[..., t.shape[-2] - x.shape[2] :, :].unsqueeze(-3) for t in (cos, sin))  # (1, T, D/2), perhaps (B, ..)
     a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
 def _plain_attention(q, k, v, causal, mask, scale, cu_seqlens=None, window=0, slopes=None, softcap=0.0, rotary=None):
-    fit = q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3] and k.shape[::3] == q.shape[::3]
-    if not fit or min(q.shape[1], k.shape[1]) < 1 or q.shape[1] % k.shape[1]:
-        wanted = "wanted (B, H, Tq, D), (B, Hkv, Tk, D) and (B, Hkv, Tk, Dv), where Hkv divides H"
-        raise RuntimeError(f"q, k and v have shapes {', '.join(str(tuple(x.shape)) for x in (q, k, v))}; {wanted}")
+    # What the operator refuses is refused here, too: PyTorch would broadcast some of it.
+    if not q.dim() == k.dim() == v.dim() == 4 or min(q.shape[1], k.shape[1]) < 1 or q.shape[1] % k.shape[1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise RuntimeError(f"q, k and v have shapes {shapes}; wanted 4 dimensions each, and Hkv >= 1 that divides H")
+    (B, H, Tq, D), (Hkv, Tk), (cos, sin) = q.shape, k.shape[1:3], rotary or (None, None)
+    tables = [(Tk, D // 2), (1, Tk, D // 2), (B, Tk, D // 2)]
+    wanted = [(B, Hkv, Tk, D)], [(B, Hkv, Tk, v.shape[3])], [(H,), (B, H)], tables, tables
+    for name, x, shapes in zip(("k", "v", "slopes", "cos", "sin"), (k, v, slopes, cos, sin), wanted, strict=True):
+        if x is not None and x.shape not in shapes:
+            raise RuntimeError(f"{name} has shape {tuple(x.shape)}; wanted {' or '.join(map(str, shapes))}")
+    if cos is not None and Tq > Tk or cu_seqlens is not None and Tq != Tk:
+        raise RuntimeError(f"{Tq} queries, {Tk} keys; wanted as many with cu_seqlens, no more queries with cos and sin")
+    if not (0 <= window < 2**31 and 0 <= softcap < math.inf):
+        raise RuntimeError(f"window is {window} and softcap {softcap}; wanted 0 (none) or a positive number")
     if rotary is not None:
         q, k = _turn(q, *rotary), _turn(k, *rotary)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # (B, H, Tk, D), (B, H, Tk, Dv)
     s = q @ k.mT  # (B, H, Tq, Tk)
     if softcap or window or slopes is not None or cu_seqlens is not None:
-        s, scale, (B, H, Tq, Tk) = scale * (s if s.dtype == torch.float64 else s.float()), 1.0, s.shape
+        s, scale = scale * (s if s.dtype == torch.float64 else s.float()), 1.0
         i, j = torch.arange(Tq, device=q.device)[:, None] + Tk - Tq, torch.arange(Tk, device=q.device)
         s = softcap * torch.tanh(s / softcap) if softcap else s
         s = s if slopes is None else s - slopes.expand(B, H)[..., None, None] * (i - j).abs()
@@ -334,8 +335,7 @@ def _plain_attention(q, k, v, causal, mask, scale, cu_seqlens=None, window=0, sl
             token = torch.arange(B * Tk, device=q.device)
             document = torch.searchsorted(cu_seqlens.to(token), token, right=True).view(B, 1, 1, Tk)
             s = s.masked_fill(document.mT != document, -math.inf)
-    p = _plain_softmax(s, causal, mask, scale)  # (B, H, Tq, Tk)
-    return p.to(v.dtype) @ v  # (B, H, Tq, Dv)
+    return _plain_softmax(s, causal, mask, scale).to(v.dtype) @ v  # (B,H,Tq,Tk) x (B,H,Tk,Dv) -> (B,H,Tq,Dv)
 
 
 if __name__ == "__main__":

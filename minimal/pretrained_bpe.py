@@ -42,10 +42,11 @@ ENDS = ("<|endoftext|>", "<|im_end|>", "</s>", "<|end_of_text|>")  # what ends a
 SPACES = re.compile(r"[^\S\x1c-\x1f]*")  # Unicode's White_Space; Python's has four control characters more
 CLITICS = r"\(\?i:'s\|'t\|'re\|'ve\|'m\|'ll\|'d\)"  # elsewhere (?i:) differs: Oniguruma lets ß match (?i:ss)
 IN_CLASS = r"\\[pP]\{[CLMNPSZ][a-z]?\}|\\[dDsSnrt]|\\[^\w\s]"  # a category, a class, an escaped sign
+MIXED = r"\^(?=(?:\\.|[^]\\])*\\[DSP])(?:\\.|[^]\\])*\\[dsp]"  # [^\d\D] matches nothing; with `regex`, everything
 # No lookbehind, no ^ and $ (Oniguruma's are of lines), no nested classes, no (..)* (it may take exponential time).
 UNDERSTOOD = re.compile(
-    rf"(?:{CLITICS}|{IN_CLASS}|\[\^?(?:{IN_CLASS}|&(?!&)|[^\\\[\]&])+\]|\((?:\?[:!])?(?![?*+{{])|\)(?![*+{{])"
-    r"|[?*+|]|\{\d{1,3}(?:,\d{0,3})?\}(?![+?])|[^][(){}.^$?*+|\\])+"
+    rf"(?:{CLITICS}|{IN_CLASS}|\[(?!{MIXED})\^?(?:{IN_CLASS}|&(?!&)|[^\\\[\]&])+\]|\((?:\?[:!])?(?![?*+{{])"
+    r"|\)(?![*+{])|[?*+|]|\{\d{1,3}(?:,\d{0,3})?\}(?![+?])|[^][(){}.^$?*+|\\])+"
 )
 
 

@@ -11,10 +11,12 @@ import itertools
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -486,25 +488,72 @@ def test_nan_is_not_swallowed(isa, dtype):
     assert all(x[:, :, 7].isnan().all() for x in results[:2]) and all(x.isnan().all() for x in results[2:])
 
 
-@given(data=st.data())
-def test_both_paths_refuse_the_same_shapes(data):
-    """One size of q, k or v off, or none: plain PyTorch would broadcast some of these in silence."""
-    sizes = {"B": 2, "H": 4, "Hkv": 2, "Tq": 3, "Tk": 5, "D": 8, "Dv": 6}
-    letters = {"q": "B H Tq D", "k": "B Hkv Tk D", "v": "B Hkv Tk Dv"}
+OPTIONS = {  # shapes in the letters of minimal/fused.py, D2 for D/2; or numbers
+    "nothing": {},
+    "mask": {"mask": "B H Tq Tk"},
+    "slopes": {"slopes": "B H"},
+    "slopes of heads": {"slopes": "H"},
+    "rotary": {"cos": "B Tk D2", "sin": "B Tk D2"},
+    "rotary of one row": {"cos": "Tk D2", "sin": "Tk D2"},
+    "cu_seqlens": {},
+    "window": st.integers(-2, 3),
+    "softcap": st.sampled_from([-1.0, 0.0, 0.5, math.inf, math.nan]),
+}
+
+
+@st.composite
+def misfits(draw):
+    """Shapes of q, k, v and of one option, and its number if it has one. One size is off, or one dimension is there too
+    many or too few; or all is well."""
+    option = draw(st.sampled_from(sorted(OPTIONS)))
+    has_number = not isinstance(OPTIONS[option], dict)
+    letters = {"q": "B H Tq D", "k": "B Hkv Tk D", "v": "B Hkv Tk Dv"} | ({} if has_number else OPTIONS[option])
+    B, Hkv, Tq, Tk, Dv = (draw(st.integers(1, 3)) for _ in range(5))
+    Tk = Tq if option == "cu_seqlens" else max(Tq, Tk)
+    sizes = {"B": B, "H": Hkv * draw(st.integers(1, 2)), "Hkv": Hkv, "Tq": Tq, "Tk": Tk, "D": 32, "D2": 16, "Dv": Dv}
     shapes = {name: [sizes[x] for x in text.split()] for name, text in letters.items()}
-    shapes[data.draw(st.sampled_from("qkv"))][data.draw(st.integers(0, 3))] = data.draw(st.integers(0, 6))
-    q, k, v = (torch.randn(shape) for shape in shapes.values())
-    scale = max(q.shape[-1], 1) ** -0.5
-    results = []
-    for path in (lambda: fused.attention(q, k, v), lambda: fused._plain_attention(q, k, v, False, None, scale)):
-        try:
-            results.append(path())
-        except RuntimeError as error:
-            results.append(None)
-            assert "have shapes" in str(error) or "has shape" in str(error)
-    assert (results[0] is None) == (results[1] is None)
-    if results[0] is not None:
-        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    shape = shapes[draw(st.sampled_from(sorted(shapes)))]
+    change = draw(st.sampled_from(["none", "a size", "a size", "a size", "more", "fewer"]))
+    if change == "a size":
+        shape[draw(st.integers(0, len(shape) - 1))] = draw(st.integers(0, 6))
+    elif change == "more":
+        shape.insert(0, draw(st.integers(1, 2)))
+    elif change == "fewer":
+        del shape[0]
+    numbers = {option: draw(OPTIONS[option])} if has_number else {}
+    return shapes, numbers | ({"cu_seqlens": [0, B * Tk]} if option == "cu_seqlens" else {})
+
+
+def outcome(f):
+    """(result, None), or (None, its error's one line without the place in our C++)."""
+    try:
+        return f(), None
+    except RuntimeError as error:
+        assert "\n" not in str(error)
+        return None, str(error).split("minimal::attention: ")[-1]
+
+
+@given(misfits(), st.booleans())
+@settings(max_examples=300)
+def test_both_paths_refuse_the_same_calls(case, boolean):
+    """Plain PyTorch alone would broadcast some of these in silence, and name no argument in others."""
+    shapes, given = case
+    given = given | {name: torch.randn(shape) for name, shape in shapes.items()}
+    if "mask" in given and boolean:
+        given["mask"] = given["mask"] > 0
+    if "cu_seqlens" in given:
+        given["cu_seqlens"] = torch.tensor(given["cu_seqlens"])
+    if "cos" in given:
+        given["rotary"] = given.pop("cos"), given.pop("sin")
+    out, error = outcome(lambda: fused.attention(**given))
+    with mock.patch.object(fused, "_reason", "switched off by MINIMAL_FUSED=0"):
+        plain, plain_error = outcome(lambda: fused.attention(**given))
+    assert (error is None) == (plain_error is None), error or plain_error
+    if error is None:
+        torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)
+    else:
+        argument = re.match(r"\w+", error)[0]
+        assert re.search(rf"\b{argument}\b", plain_error) and "wanted" in plain_error
 
 
 def test_both_paths_refuse_options_that_would_widen_the_scores():
@@ -521,23 +570,30 @@ def test_both_paths_refuse_options_that_would_widen_the_scores():
             softmax(torch.randn(5, 7), mask=torch.zeros(3, 5, 7))
 
 
-@pytest.mark.parametrize("name", ["mask", "slopes", "cos"])
-def test_what_gets_no_gradient_says_so(name):
-    q, k, v = (torch.randn(1, 2, 5, 32, requires_grad=True) for _ in range(3))
-    options = {"mask": None, "slopes": None, "cos": None, "sin": None}
-    options[name] = torch.ones({"mask": (5, 5), "slopes": (2,), "cos": (5, 16)}[name], requires_grad=True)
-    if name == "cos":
-        options["sin"] = torch.zeros(5, 16)
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("name", ["mask", "slopes", "cos", "sin"])
+def test_what_gets_no_gradient_says_so(name, others):
+    """Of the operators an error, whether or not q, k and v need gradients, too; minimal.fused goes to plain PyTorch."""
+    q, k, v = (torch.randn(1, 2, 5, 32, requires_grad=others) for _ in range(3))
+    options = {"mask": torch.randn(5, 5), "slopes": torch.rand(2), "cos": torch.rand(5, 16), "sin": torch.rand(5, 16)}
     mask, slopes, cos, sin = options.values()
-    out, _ = ops.attention(q, k, v, mask, 1.0, False, None, 0, slopes, 0.0, cos, sin)
+    arguments = (q, k, v, mask, 0.5, True, None, 0, slopes, 0.0, cos, sin)
+    ops.attention(*arguments)[0].requires_grad_().sum().backward()  # none of them needs one: no error
+    options[name].requires_grad_()
     with pytest.raises(RuntimeError, match="mask, slopes, cos and sin no gradient"):
-        out.sum().backward()
+        ops.attention(*arguments)[0].sum().backward()
     if name == "mask":
         with pytest.raises(RuntimeError, match="no gradient"):
-            ops.softmax(torch.randn(5, 5, requires_grad=True), mask, 1.0, False).sum().backward()
-    rotary = None if cos is None else (cos, sin)
-    fused.attention(q, k, v, mask=mask, slopes=slopes, rotary=rotary).sum().backward()  # in plain PyTorch
-    assert options[name].grad is not None
+            ops.softmax(torch.randn(5, 5, requires_grad=others), mask, 1.0, False).sum().backward()
+
+    ours = fused.attention(q, k, v, scale=0.5, causal=True, mask=mask, slopes=slopes, rotary=(cos, sin))
+    wide = {n: x.detach().double().requires_grad_(n == name) for n, x in options.items()}
+    distance = (torch.arange(5)[:, None] - torch.arange(5)).abs()
+    bias = wide["mask"] - wide["slopes"][:, None, None] * distance
+    wanted = naive(*(x.detach().double() for x in (q, k, v)), bias, 0.5, True, rotary=(wide["cos"], wide["sin"]))
+    for out in (ours, wanted):
+        out.pow(2).sum().backward()
+    torch.testing.assert_close(options[name].grad.double(), wide[name].grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif("amx" not in SETS, reason="this processor has no AMX")
