@@ -38,6 +38,12 @@ def pure(reason):
     return {}
 
 
+def at_least_2_13():
+    import torch
+
+    return tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
 def with_cuda(cpp_extension):
     """Whether the CUDA kernels are built."""
     import torch
@@ -50,8 +56,8 @@ def with_cuda(cpp_extension):
     reason = None
     if torch.version.cuda is None and CUDA != "cross":
         reason = f"torch {torch.__version__} has no CUDA"
-    elif tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):  # the stream, through the stable ABI
-        reason = f"they need torch 2.13 or later, and this is {torch.__version__}"
+    elif CUDA == "cross" and not at_least_2_13():  # before, the stable ABI alone could not name the stream
+        reason = f"cross-building needs torch 2.13 or later, and this is {torch.__version__}"
     elif not os.path.exists(os.path.join(cpp_extension.CUDA_HOME or "", "bin", "nvcc")):
         reason = f"there is no bin/nvcc in CUDA_HOME={cpp_extension.CUDA_HOME}"
     if reason and CUDA != "auto":
@@ -94,7 +100,7 @@ def extension():
 
     cuda = with_cuda(cpp_extension)
     Extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    needed = "0x020d000000000000" if cuda else "0x020a000000000000"  # torch 2.13, 2.10
+    needed = "0x020d000000000000" if cuda and at_least_2_13() else "0x020a000000000000"  # torch 2.13, 2.10
     shown = " ".join(f for f in flags if not f.startswith("-ffile-prefix-map"))
     module = Extension(
         "minimal._C",

@@ -9,7 +9,7 @@
                at 1,024 x 1,024 x 1,024 in the same rounds, counting the products of unmasked scores only (4 D each
                forward, 10 D backward)
     shapes     those of train.py's models and a few more
-    bfloat16   the causal grid, in and out in bfloat16
+    bfloat16   the causal grid, in and out in bfloat16; on a GPU T of 1,024 to 4,096
     grouped    9 query heads on 3 (SmolLM2), against enable_gqa=True
     packed     rows of several documents, causal within each: against the mask that PyTorch wants for it
     decode     one query on 2,048 keys: as a share of the rate at which torch.sum reads the same K and V
@@ -43,6 +43,7 @@ from minimal import fused  # noqa: E402
 
 GRID = [(2048 // T, 4, T, D) for D in (32, 64, 128) for T in (64, 128, 256, 512, 1024)]  # (B, H, T, D)
 SHAPES = [(12, 4, 64, 32), (8, 6, 256, 64), (4, 9, 512, 64), (1, 12, 1024, 64), (2, 4, 512, 128), (1, 8, 2048, 64)]
+LARGE = [(8, 16, 1024, 64), (4, 16, 2048, 64), (4, 16, 2048, 128), (2, 16, 4096, 128)]  # for a GPU
 MEMORY_SHAPE = (1, 8, 4096, 64)
 PARTS = ("grid", "shapes", "bfloat16", "grouped", "packed", "decode", "window", "memory")
 DEVICE = "cpu"
@@ -358,7 +359,8 @@ def main():
     path = HERE / ("attention.json" if DEVICE == "cpu" else "attention_cuda.json")
     result = json.loads(path.read_text()) if path.exists() else {}
     result = {k: v for k, v in result.items() if k in PARTS} | {"about": about}
-    lists = {"grid": (GRID, torch.float32), "shapes": (SHAPES, torch.float32), "bfloat16": (GRID, torch.bfloat16)}
+    halves = GRID if DEVICE == "cpu" else LARGE
+    lists = {"grid": (GRID, torch.float32), "shapes": (SHAPES, torch.float32), "bfloat16": (halves, torch.bfloat16)}
     others = {"grouped": grouped, "packed": packed, "decode": decode, "window": window}
     if DEVICE == "cuda":
         del others["decode"]

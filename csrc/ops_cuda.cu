@@ -20,6 +20,10 @@
 #include "attention_backward.cuh"
 #include "softmax.cuh"
 
+#if TORCH_TARGET_VERSION < 0x020d000000000000
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
 namespace {
 
 using minimal::cuda::AttentionArgs;
@@ -111,7 +115,13 @@ Mask mask_of(const char* op, const std::optional<Tensor>& mask, const Tensor& x,
 // ---------------------------------------------------------------------------------------------------- launches
 
 cudaStream_t current_stream(int32_t device) {
+#if TORCH_TARGET_VERSION >= 0x020d000000000000
   return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device).nativeHandle());
+#else  // before torch 2.13 only a torch with CUDA could say
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+#endif
 }
 
 // run(T()) with T the type of the elements.

@@ -526,6 +526,13 @@ def test_kernels_keep_to_their_registers(cross_build):
 # ---------------------------------------------------------------------------------------------- on a GPU
 
 
+@pytest.fixture(scope="module")
+def loaded():
+    from minimal import fused
+
+    assert fused.available(), fused.why_not()
+
+
 def on_gpu(x):
     """The same numbers with the same strides."""
     if x is None:
@@ -536,6 +543,7 @@ def on_gpu(x):
 
 @pytest.mark.cuda
 @needs_gpu
+@pytest.mark.usefixtures("loaded")
 @given(case=softmax_cases(widths=(*WIDTHS, 50257)))
 def test_softmax_on_the_gpu(case):
     x, scale, causal, mask, grad = case
@@ -546,6 +554,7 @@ def test_softmax_on_the_gpu(case):
 
 @pytest.mark.cuda
 @needs_gpu
+@pytest.mark.usefixtures("loaded")
 @given(case=attention_cases(longest=700))
 def test_attention_on_the_gpu(case):
     q, k, v, grad, scale, causal, window, documents = case
@@ -559,6 +568,7 @@ def test_attention_on_the_gpu(case):
 
 @pytest.mark.cuda
 @needs_gpu
+@pytest.mark.usefixtures("loaded")
 def test_what_the_kernels_lack_is_said_on_the_gpu():
     q = torch.randn(1, 2, 5, 32, device="cuda")
     for message, options in (
