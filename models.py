@@ -211,7 +211,7 @@ def load_adapted(folder, what):
     model, tokenizer = load_model(base, f"the base of {folder},", task, labels)
     if run.get("base_sha256") and run["base_sha256"] != identity_of(base):
         raise ValueError(f"{what} {folder}: its base {base} has changed since the adapter was trained")
-    if kind := run.get("settings", {}).get("quantise"):
+    if (kind := run.get("settings", {}).get("quantise_base", "none")) != "none":
         quant.quantise(model, kind)
     load(model, folder)
     return model, load_tokenizer(folder) if (folder / "tokenizer.json").exists() else tokenizer
@@ -260,8 +260,8 @@ def adapt(s, model, data=None):
     if s.finetune in ADAPTERS and lacking:
         what = "has no head for masked words, which an adapter would leave random and unsaved"
         raise ValueError(f"--base {s.base}: {what}; wanted --finetune full, or another --task")
-    if s.quantise:
-        quant.quantise(model, s.quantise)
+    if s.quantise_base != "none":
+        quant.quantise(model, s.quantise_base)
     if s.finetune == "lora":
         target = s.target.split(",") if "," in s.target and "{" not in s.target else s.target
         try:
