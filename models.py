@@ -24,9 +24,12 @@ from minimal.bert import ARCHITECTURES, BERT, BERTConfig
 from minimal.checkpoint import write_beside
 from minimal.distill import distillation_loss, skip_layers
 from minimal.gpt import GPT, GPTConfig
+from minimal.lean import make_lean
 from minimal.llama import Llama, LlamaConfig
+from minimal.loss import linear_cross_entropy
 from minimal.optim import SGD, AdamW, Muon, decay_groups, muon_groups
 from minimal.pretrained_bpe import PretrainedBPE
+from minimal.recompute import add_recompute
 from minimal.rnn import RNN, RNNConfig
 from minimal.runs import read_json
 from minimal.tokenizer import Tokenizer
@@ -62,6 +65,7 @@ ADAPTERS = {  # method -> what writes and reads its folder, and peft_type in ada
 
 PEFT_TASKS = {"lm": "CAUSAL_LM", "chat": "CAUSAL_LM", "classify": "SEQ_CLS", "tag": "TOKEN_CLS", "qa": "QUESTION_ANS"}
 SURGICAL_BATCHES = 8  # that gradients are measured on: their mean ranks blocks alike from then on
+LARGE = 16384  # classes from which on the loss is taken in chunks, which never hold all the logits
 HEADS = ("classifier", "qa_outputs")  # of a task: new on a pretrained body, so LoRA trains them in full
 
 
@@ -353,6 +357,21 @@ def optimizer_of(s, model):
     return AdamW(groups, lr=s.lr, betas=(0.9, 0.95)) if s.optimizer == "adamw" else SGD(groups, lr=s.lr, momentum=0.9)
 
 
+def spare(s, model):
+    """Keeps less of the blocks for the backward pass: LoRA on a Llama by hand, else, where it is asked for, recomputed."""
+    lean_kind = isinstance(model, Llama) and s.finetune == "lora" and s.dtype == "float32"
+    if lean_kind and not (s.dora or s.lora_dropout or s.dropout or s.compile):
+        make_lean(model, s.recompute)
+    elif s.recompute:
+        add_recompute(model)
+
+
+def chunked_loss(model, ids, labels=None, documents=None, **smoothing):
+    """model.loss without all logits at once."""
+    hidden, targets = model.states(ids, labels, documents)
+    return linear_cross_entropy(hidden, model.lm_head.weight, targets, **smoothing)
+
+
 def objective(s, model, teacher, data):
     """What training minimises: a callable like model.loss."""
     smoothing = {"label_smoothing": s.label_smoothing} if s.label_smoothing else {}
@@ -376,6 +395,9 @@ def objective(s, model, teacher, data):
         return loss
     if s.adversarial == "rdrop":
         return lambda **batch: adversarial.r_drop(lambda: model.outputs(**batch), **smoothing)
+    large = isinstance(model, (GPT, Llama)) and model.config.vocab_size >= LARGE
+    if large and not model.lm_head._forward_hooks and not s.compile:
+        return functools.partial(chunked_loss, model, **smoothing)
     return functools.partial(model.loss, **smoothing)
 
 

@@ -42,7 +42,6 @@ from minimal.chat import START, kind_of
 from minimal.checkpoint import load_checkpoint, save_checkpoint, write_beside
 from minimal.examples import FIELDS
 from minimal.optim import cosine_schedule
-from minimal.recompute import add_recompute
 from minimal.runs import newest, read_json, write_json
 from minimal.settings import converter, flag, parse, setting
 from models import (
@@ -65,6 +64,7 @@ from models import (
     renew,
     save_model,
     save_tokenizer,
+    spare,
     student_of,
     weights_of,
 )
@@ -380,8 +380,7 @@ def fit(s, model, data, teacher, folder, resume, record):
     from tqdm import tqdm
 
     optimizer = optimizer_of(s, model)
-    if s.recompute:
-        add_recompute(model)
+    spare(s, model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss, attack = objective(s, model, teacher, data), attack_of(s, model)
     loss = torch.compile(loss) if s.compile else loss

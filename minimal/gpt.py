@@ -195,17 +195,19 @@ class GPT(nn.Module):
             x = block(x, cache, layer, mask)
         return self.transformer.ln_f(x)
 
-    def outputs(self, ids, labels=None, documents=None):
-        """What the loss compares: logits (B T, V), targets (B T,), and what the head reads, hidden (B T, C).
-
-        ids: int64 (B, T+1). labels: the same shape, aligned with ids (labels[t] is the token at t), -100 where it does
-        not count; default ids. The shift happens here and nowhere else. documents: as in `forward`, (B, T+1)."""
-        labels = ids if labels is None else labels
+    def states(self, ids, labels=None, documents=None):
+        """What the head reads, hidden (B T, C), and the tokens it shall give, targets (B T,), -100 where none counts.
+        ids, documents: int64 (B, T+1), as in `forward`. labels: likewise, labels[t] is the token at t, -100 where it
+        does not count; default ids. The shift happens here and nowhere else."""
+        labels, documents = ids if labels is None else labels, None if documents is None else documents[:, :-1]
         if labels.shape != ids.shape:
             raise ValueError(f"labels of shape {tuple(labels.shape)}: wanted that of ids, {tuple(ids.shape)}")
-        documents = documents if documents is None else documents[:, :-1]
-        hidden = self.hidden(ids[:, :-1], None, documents).flatten(0, 1)  # (B T, C)
-        return self.lm_head(hidden), labels[:, 1:].flatten(), hidden
+        return self.hidden(ids[:, :-1], None, documents).flatten(0, 1), labels[:, 1:].flatten()
+
+    def outputs(self, ids, labels=None, documents=None):
+        """What the loss compares: logits (B T, V), targets (B T,), and hidden (B T, C); arguments as in `states`."""
+        hidden, targets = self.states(ids, labels, documents)
+        return self.lm_head(hidden), targets, hidden
 
     def loss(self, ids, labels=None, documents=None, label_smoothing=0.0):
         """Cross-entropy summed over the next tokens (nats, float32 or wider; 0 of none), and their number (int64)."""
@@ -279,13 +281,8 @@ class GPT(nn.Module):
 
 _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _FIXED = {  # what this file computes: config.json says so when written, and must not say otherwise when read
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "n_inner": None,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
+    "model_type": "gpt2", "activation_function": "gelu_new", "n_inner": None, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True,
 }
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # GPT-2 keeps (in, out)
 

@@ -24,7 +24,6 @@ width, V vocabulary, P context, L layers.
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -133,8 +132,7 @@ class CausalSelfAttention(nn.Module):
         q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(v.dtype) for a, b in halves)  # R q, R k
         if cache is not None:
             if layer < len(cache):
-                k = torch.cat((cache[layer][0], k), dim=2)  # (B, Hkv, S, D)
-                v = torch.cat((cache[layer][1], v), dim=2)  # (B, Hkv, S, D)
+                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[layer], (k, v), strict=True))  # (B, Hkv, S, D)
             cache[layer : layer + 1] = [(k, v)]  # replaces the entry, or appends the first one
         p = self.config.dropout if self.training else 0.0
         y = self.attention(q, k, v, causal=True, mask=mask, dropout=p)  # (B, H, T, D)
@@ -221,16 +219,19 @@ class Llama(nn.Module):
             x = block(x, angles, cache, layer, mask)
         return self.model.norm(x)
 
-    def outputs(self, ids, labels=None, documents=None):
-        """What the loss compares: logits (B T, V), targets (B T,), and what the head reads, hidden (B T, C).
-        ids: int64 (B, T+1). labels: likewise, labels[t] is the token at t, -100 where it does not count; default ids.
-        The shift happens here and nowhere else. documents: (B, T+1), as in `forward`."""
-        labels = ids if labels is None else labels
+    def states(self, ids, labels=None, documents=None):
+        """What the head reads, hidden (B T, C), and the tokens it shall give, targets (B T,), -100 where none counts.
+        ids, documents: int64 (B, T+1), as in `forward`. labels: likewise, labels[t] is the token at t, -100 where it
+        does not count; default ids. The shift happens here and nowhere else."""
+        labels, documents = ids if labels is None else labels, None if documents is None else documents[:, :-1]
         if labels.shape != ids.shape:
             raise ValueError(f"labels of shape {tuple(labels.shape)}: wanted that of ids, {tuple(ids.shape)}")
-        documents = documents if documents is None else documents[:, :-1]
-        hidden = self.hidden(ids[:, :-1], None, documents).flatten(0, 1)  # (B T, C)
-        return self.lm_head(hidden), labels[:, 1:].flatten(), hidden
+        return self.hidden(ids[:, :-1], None, documents).flatten(0, 1), labels[:, 1:].flatten()
+
+    def outputs(self, ids, labels=None, documents=None):
+        """What the loss compares: logits (B T, V), targets (B T,), and hidden (B T, C); arguments as in `states`."""
+        hidden, targets = self.states(ids, labels, documents)
+        return self.lm_head(hidden), targets, hidden
 
     def loss(self, ids, labels=None, documents=None, label_smoothing=0.0):
         """Cross-entropy summed over the next tokens (nats, float32 or wider; 0 of none), and their number (int64)."""
@@ -258,7 +259,7 @@ class Llama(nn.Module):
             beside[1].write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             beside[0].chmod(beside[1].stat().st_mode)  # safetensors lets the owner alone read
             for path in beside:
-                os.replace(path, path.with_suffix(""))
+                path.replace(path.with_suffix(""))
         finally:
             for path in beside:
                 path.unlink(missing_ok=True)
@@ -339,8 +340,7 @@ def _config(c):
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    ids = torch.randint(65, (1, 40))
+    ids = torch.randint(65, (1, 40), generator=torch.manual_seed(0))
     for heads in (4, 2, 1):
         model, cache = Llama(LlamaConfig(65, 128, 344, 4, num_attention_heads=4, num_key_value_heads=heads)), []
         pieces = torch.cat([model(piece, cache) for piece in ids.split(10, dim=1)], dim=1)
