@@ -131,17 +131,17 @@ def _one_of(names):
 def add_lora(model, rank=8, alpha=16, dropout=0.0, target="all-linear", rslora=False, dora=False):
     """Freezes the model and adds an adapter to each target layer, in place; returns the names of these layers.
     target: "all-linear", or one or more of: a layer's name, the end of names ("c_attn", "attn.c_proj"), a regular
-    expression for whole names. Layers are nn.Linear and the Conv1D of transformers' GPT-2. "all-linear" leaves out the
-    head (turn its requires_grad on if it is fresh): what get_output_embeddings() returns, shares its weight with an
-    nn.Embedding, or is called lm_head, head, classifier, score, qa_outputs, seq_relationship. dropout: the probability,
-    in training, that an element of x does not reach A. ValueError: adapters there already, a target that matches
-    nothing (even one of several), rank < 1 or above min(C, O), alpha <= 0, dropout < 0 or >= 1."""
+    expression for whole names. Layers are nn.Linear and transformers' Conv1D. "all-linear" leaves out the head: what
+    get_output_embeddings() returns, shares its weight with an nn.Embedding (or, in quant.py, its codes), or is called
+    lm_head, head, classifier, score, qa_outputs, seq_relationship. dropout: the probability, in training, that an
+    element of x does not reach A. ValueError: adapters there already, a target that matches nothing, rank < 1 or above
+    min(C, O), alpha <= 0, dropout < 0 or >= 1."""
     layers, names, missing = _layers(model), [], []
     if target == "all-linear":
         heads = {id(m.get_output_embeddings()) for m in model.modules() if hasattr(m, "get_output_embeddings")}
-        heads |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # of a tied one
-        called = {"lm_head", "head", "classifier", "score", "qa_outputs", "seq_relationship"}
-        names = [n for n, m in layers.items() if not ({id(m), id(m.weight)} & heads or called & {*n.split(".")})]
+        heads |= {id(x) for m in model.modules() if isinstance(m, nn.Embedding) for x in getattr(m, "of", [m.weight])}
+        heads |= {"lm_head", "head", "classifier", "score", "qa_outputs", "seq_relationship"}
+        names = [n for n, m in layers.items() if not {id(m), id(m._parameters.get("weight", m)), *n.split(".")} & heads]
     else:
         for entry in [target] if isinstance(target, str) else target:
             hits = {n for n in layers if f".{n}".endswith(f".{entry}")}

