@@ -49,10 +49,12 @@ bool has_vnni() {
 void linear_forward(View x, const Weight& weight, View bias, bool dynamic, View out, Parallel parallel) {
   constexpr int64_t ROWS = 8;  // of x at a time: they stay in the first-level cache beside the weights
   const int64_t N = x.size[2], wide = (weight.C + ROW - 1) / ROW * ROW;
-  ScratchBlock block((ROWS + 1) * wide);
+  ScratchBlock block(((N < ROWS ? N : ROWS) + 1) * wide);
   const auto prepare = MINIMAL_BEST_VNNI(linear_prepare);
   const auto outputs = MINIMAL_BEST_VNNI(linear_outputs);
   Linear a{x, weight, bias, dynamic, out};
+  for (const char* p = (const char*)weight.codes, *begin = p; p < weight.end && p < begin + 8192; p += 64)
+    __builtin_prefetch(p);  // on its way while x is prepared
   const bool small = weight.O * weight.C < 100000;
   for (a.row = 0; a.row < N; a.row += ROWS) {
     a.rows = N - a.row < ROWS ? N - a.row : ROWS;

@@ -17,7 +17,7 @@ constexpr int64_t GROUP = 32;        // columns
 constexpr int GROUP_VECTORS = GROUP / W;
 constexpr int BYTES = MINIMAL_VECTOR_BYTES;
 constexpr int BESIDE = MINIMAL_VECTOR_REGISTERS == 32 ? 4 : 2;  // outputs whose sums go side by side
-constexpr int64_t AHEAD = 2048;      // bytes that are fetched before their turn
+constexpr int64_t AHEAD = 8192;      // bytes that are fetched before their turn
 constexpr float TINY = 1e-30f;       // a group of x below this counts as zero: its reciprocal must be finite
 
 // ------------------------------------------------------------------------------------------------ reading
@@ -114,6 +114,7 @@ INLINE const T* codes_of(const Weight& a, int64_t o, int64_t g, T (&line)[GROUP]
   return line;
 }
 struct Int8 {
+  static constexpr int64_t BITS = 8;
   static INLINE_MEMBER Group read(const Weight& a, int64_t o, int64_t g) {
     int8_t line[GROUP];
     const int8_t* p = codes_of(a, o, g, line);
@@ -132,6 +133,7 @@ struct Unscaled {  // what is multiplied by its scales while it is read
   static INLINE_MEMBER vf scale(const Weight&, int64_t) { return splat(1); }
 };
 struct Int4 : Unscaled {
+  static constexpr int64_t BITS = 4;
   static INLINE_MEMBER Group read(const Weight& a, int64_t o, int64_t g) {
     const int64_t at = o * ((a.C + GROUP - 1) / GROUP) + g;
     const vf scale = half_everywhere(a.scale16 + at), least = half_everywhere(a.least16 + at);
@@ -147,6 +149,7 @@ struct Int4 : Unscaled {
   static INLINE_MEMBER Group scaled(const Weight& a, int64_t o, int64_t g) { return read(a, o, g); }
 };
 struct Nf4 : Unscaled {  // blocks of 64 of the flattened weight: two groups each, and no block reaches into the next row
+  static constexpr int64_t BITS = 4;
   static INLINE_MEMBER Group read(const Weight& a, int64_t o, int64_t g) {
     const int64_t at = a.first * 2 + o * (a.C / GROUP) + g, block = at / 2;
     const float absmax = a.absmax[block] * a.scale[block / 256] + a.mean[0];
@@ -163,6 +166,7 @@ struct Nf4 : Unscaled {  // blocks of 64 of the flattened weight: two groups eac
   static INLINE_MEMBER Group scaled(const Weight& a, int64_t o, int64_t g) { return read(a, o, g); }
 };
 struct Bf16Weight : Unscaled {
+  static constexpr int64_t BITS = 16;
   static INLINE_MEMBER Group read(const Weight& a, int64_t o, int64_t g) {
     uint16_t line[GROUP];
     const uint16_t* p = codes_of(a, o, g, line);
@@ -364,6 +368,7 @@ INLINE void add_floats(const Weight& a, const char* x, int64_t next, const int64
   const int64_t G = (a.C + GROUP - 1) / GROUP;
   for (int64_t g = 0; g < G; g++) {
     UNROLL for (int i = 0; i < BESIDE; i++) {
+      __builtin_prefetch((const char*)a.codes + (o[i] * G + g) * (GROUP * K::BITS / 8) + AHEAD);
       const Group w = K::read(a, o[i], g);
       UNROLL for (int n = 0; n < N; n++)
         UNROLL for (int j = 0; j < GROUP_VECTORS; j++)

@@ -24,11 +24,11 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "arguments.h"
 #include "kernels.h"
@@ -353,22 +353,26 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
 // Letters here: N rows of x, O outputs and C inputs of the layer.
 
 // A part of a weight: without gaps, and of this shape (-1: any size).
-View held(const char* op, const char* name, const Tensor& t, const Dtypes& wanted, const std::vector<int64_t>& sizes,
+View held(const char* op, const char* name, const Tensor& t, const Dtypes& wanted, std::initializer_list<int64_t> sizes,
           const char* letters) {
-  const int64_t dim = static_cast<int64_t>(sizes.size());
-  const View v = view(op, name, t, wanted, dim);
-  bool fits = t.dim() == dim;
-  for (int64_t d = 0; fits && d < dim; d++) fits = sizes[d] < 0 || t.sizes()[d] == sizes[d];
-  std::string text;
-  for (int64_t d = 0; d < dim; d++)
-    text += (d ? ", " : "(") + (sizes[d] < 0 ? "any" : std::to_string(sizes[d])) + (dim == 1 ? "," : "");
-  STD_TORCH_CHECK(fits, op, ": ", name, " has shape ", shape(t), "; wanted ", text, ") = ", letters);
-  int64_t stride = 1;
-  for (int d = 3; d >= 0 && t.numel() > 0; d--) {
-    STD_TORCH_CHECK(v.size[d] == 1 || v.stride[d] == stride, op, ": ", name, " of shape ", shape(t),
-                    " has gaps or swapped dimensions; wanted a contiguous tensor");
-    stride *= v.size[d];
+  const int64_t dim = static_cast<int64_t>(sizes.size()), own = t.dim();
+  const View v = view(op, name, t, wanted, dim < own ? dim : own);
+  bool fits = own == dim;
+  int64_t stride = 1, d = 4;
+  bool whole = true;
+  for (auto size = sizes.end(); size != sizes.begin();) {
+    d--, size--;
+    fits &= *size < 0 || v.size[d] == *size;
+    whole &= v.size[d] <= 1 || v.stride[d] == stride;
+    whole = whole && !__builtin_mul_overflow(stride, v.size[d], &stride);
   }
+  if (!fits) {
+    std::string text;
+    for (int64_t size : sizes) text += (text.empty() ? "(" : ", ") + (size < 0 ? "any" : std::to_string(size));
+    STD_TORCH_CHECK(false, op, ": ", name, " has shape ", shape(t), "; wanted ", text, dim == 1 ? ",) = " : ") = ", letters);
+  }
+  STD_TORCH_CHECK(whole || v.data == nullptr, op, ": ", name, " of shape ", shape(t),
+                  " has gaps or swapped dimensions; wanted a contiguous tensor");
   return v;
 }
 

@@ -20,8 +20,8 @@ A few rows of x, as in decoding, take as long as reading the codes once. There a
                    case: for normal x and W, y is off by about 0.6 % (root mean square)
 
 Departure from the common way, one t for a row of x: a group is not spoilt by a large number elsewhere in the row.
-Many rows (training, prefill) are a product of floats: a panel of W at a time is unpacked into a buffer that stays in
-the cache, then multiplied. So a layer never needs the memory of W, forward or backward. Where a gradient is wanted
+Many rows (training, prefill) are a product of floats: a panel of W at a time, 4 MB, is unpacked while the cache has it
+and multiplied. So a layer never needs the memory of W, forward or backward. Where a gradient is wanted
 x is never rounded, and the gradients to x and b are exact for W; the codes have none.
 
     from minimal import fused_linear
@@ -51,8 +51,8 @@ HELD = {
     "nf4": ("codes", "absmax", "scale", "mean"),
     "bfloat16": ("weight",),
 }
-FEW = 8  # rows up to which reading the codes is what takes the time
-PANEL = 1 << 18  # weights that are unpacked at a time: 1 MB of float32 stays in a second-level cache
+FEW = 16  # rows up to which the operators win over unpacking W; up to 4 they take little longer than for one
+PANEL = 1 << 20  # weights that are unpacked at a time: 4 MB of float32
 
 
 # Same as minimal/quant.py: nf4_levels
@@ -142,12 +142,13 @@ def linear(x, kind: str, shape, bias=None, *, dynamic=True, **held) -> Tensor:
 
     kind and held: "int8" with codes and scale, "int4" with codes, scale and least, "nf4" with codes, absmax, scale and
     mean, "bfloat16" with weight (formats above). x float32 or bfloat16 runs fused and is summed in float32; bias (O,).
-    dynamic: whether up to 8 rows of x may be rounded to 8 bits (int8, int4) where no gradient is wanted.
+    dynamic: whether up to 16 rows of x may be rounded to 8 bits (int8, int4) where no gradient is wanted.
     Gradients: to x and bias, exact for W. ValueError: an unknown kind, other parts than it has, an x that does not fit.
     RuntimeError: parts that do not fit the shape; each names the argument, its value and what was wanted."""
     parts, (O, C) = _parts(kind, held), shape
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = "cpu" if x.is_cpu else x.device.type  # the second takes longer
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
         bias = None if bias is None else bias.to(x.dtype)
     if x.dim() < 1 or x.shape[-1] != C:
         raise ValueError(f"x has shape {tuple(x.shape)}; wanted (..., {C}), as W has shape {(O, C)}")
@@ -167,11 +168,15 @@ def unpack(kind: str, shape, dtype=torch.float32, **held) -> Tensor:
 
 
 def _parts(kind, held):
-    if kind not in HELD:
-        raise ValueError(f"kind={kind!r} is unknown; wanted one of: {', '.join(HELD)}")
-    if len(held) != len(HELD[kind]) or not all(name in held for name in HELD[kind]):
+    try:
+        parts = [held[name] for name in HELD[kind]]
+    except KeyError:
+        parts = None
+    if parts is None or len(parts) != len(held):
+        if kind not in HELD:
+            raise ValueError(f"kind={kind!r} is unknown; wanted one of: {', '.join(HELD)}")
         raise ValueError(f"kind={kind!r} was given {', '.join(held) or 'nothing'}; wanted {', '.join(HELD[kind])}")
-    return [held[name] for name in HELD[kind]]
+    return parts
 
 
 class _Linear(Function):
@@ -207,7 +212,7 @@ def _product(x, bias, kind, shape, dynamic, parts):
     """x (N, C) -> (N, O), no gradient."""
     O, C = shape
     if x.shape[0] <= FEW and why_not(x) is None and (kind != "nf4" or C % 64 == 0 and C > 0):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return _few(x, bias, kind, shape, dynamic, parts)
         with torch._C._AutoDispatchBelowAutograd():  # past the rules above, which cost more than they need
             return _few(x, bias, kind, shape, dynamic, parts)
@@ -219,15 +224,14 @@ def _product(x, bias, kind, shape, dynamic, parts):
 
 
 def _few(x, bias, kind, shape, dynamic, parts):
-    ops = torch.ops.minimal
     if kind == "int8":
-        y = ops.linear_int8.default(x, *parts, bias, dynamic)
+        y = torch.ops.minimal.linear_int8.default(x, *parts, bias, dynamic)
     elif kind == "int4":
-        y = ops.linear_int4.default(x, *parts, bias, dynamic)
+        y = torch.ops.minimal.linear_int4.default(x, *parts, bias, dynamic)
     elif kind == "nf4":
-        y = ops.linear_nf4.default(x, *parts, LEVELS, bias)
+        y = torch.ops.minimal.linear_nf4.default(x, *parts, LEVELS, bias)
     else:
-        y = ops.linear_bf16.default(x, *parts, bias)
+        y = torch.ops.minimal.linear_bf16.default(x, *parts, bias)
     if y.shape[1] != shape[0]:
         raise RuntimeError(f"{HELD[kind][0]} has {y.shape[1]} outputs; wanted {shape[0]}, as shape says")
     return y
