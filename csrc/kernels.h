@@ -61,9 +61,10 @@ struct Weight {
   const float *mean, *levels;  // a = max(0, absmax scale + mean) and L the 16 levels
   int64_t first = 0;        // nf4: the block that W begins with
 };
-// out (N, O) = x (N, C) W^T + bias (O,), for few rows, where all of the time is reading W. dynamic: x is rounded to 8 bits
-// (int8 and int4 only).
+// out (N, O) = x (N, C) W^T + bias (O,). dynamic: x is rounded to 8 bits, in groups of 32 columns (int8 and int4 only).
+// Meant for few rows, where all of the time is reading W; dynamic for as many as one likes, if many_rows_in_integers().
 void linear_forward(View x, const Weight& weight, View bias, bool dynamic, View out, Parallel parallel);
+bool many_rows_in_integers();
 // out = W in floats; not of bf16.
 void unpack(const Weight& weight, View out, Parallel parallel);
 

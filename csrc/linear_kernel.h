@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT
-// y = x W^T + b for a few rows x (N, C) and a weight W (O, C) that is held in few bits: all of the time is reading W once.
+// y = x W^T + b for a weight W (O, C) that is held in few bits. For a few rows x (N, C) all of the time is reading W once.
 // Two ways to multiply:
 //
 //     weight-only    the codes become floats in registers:            y_o = sum_c W_oc x_c
-//     dynamic        x is rounded to 8-bit integers, x_c ~ t_g q_c,    y_o = s_o sum_g t_g sum_(c in g) code_oc q_c
+//     dynamic        x is rounded to 8-bit integers, x_c ~ t_g q_c,   y_o = s_o sum_g t_g sum_(c in g) code_oc q_c
 //                    with t_g = max |x_c| / 127 of its group g of 32 columns; the inner sums are exact, in integers
 //
-// The second (as in llama.cpp's quantised products) does 4 products an instruction and lane where the first does one, on
-// codes as they are read. W outputs at a time are worked on, so that the sums over their lanes cost one transposition.
+// The second (as llama.cpp has it, too) does 4 products an instruction and lane where the first does one, on codes as they
+// are read. A lane holds a few columns; W outputs at a time are worked on, so that the sums over their lanes cost one
+// transposition. For many rows a lane is an output: see there.
 
 typedef int8_t vc __attribute__((vector_size(MINIMAL_VECTOR_BYTES)));
 typedef uint8_t vuc __attribute__((vector_size(MINIMAL_VECTOR_BYTES)));
@@ -214,6 +215,7 @@ INLINE vi dot_signed(vi start, vc w, vc x) {
   return start + ((vi)(pairs << 16) >> 16) + (pairs >> 16);
 #endif
 }
+constexpr int64_t OUTPUTS = W;  // of a piece of work
 constexpr int OFFSET = MINIMAL_VECTOR_BYTES == 64 ? 128 : 0;
 
 // Lanes 4 j to 4 j + 3 of the result are lane j + K W / 4 of v.
@@ -240,6 +242,11 @@ struct Slice {  // for int8: as many columns as a vector has bytes
 struct Block {  // for int4: W groups, a quarter of them in each vector of bytes
   vc low[4], high[4];
   vf scale, sum;  // of each group: t, and t times the sum of q
+};
+
+struct RowGroup {  // for many rows: beside the q of a row in order, of each group
+  float scale, sum;  // t, and t times the sum of q
+  int32_t start;     // -OFFSET times the sum of q
 };
 
 // q of one group, and its t: NaN where x is not finite, so that the result is NaN.
@@ -272,7 +279,11 @@ static void prepare(const Linear& a, int64_t n, float* line, char* to) {
   for (int64_t c = 0; c < wide; c += GROUP) {
     const float t = round_group(line + c, q);
     int32_t sum = 0;
-    if (w.kind == Kind::int8)
+    if (a.many) {
+      for (int i = 0; i < GROUP; i++) sum += q[i];
+      __builtin_memcpy(to + c, q, GROUP);
+      ((RowGroup*)(to + wide))[c / GROUP] = {t, t * sum, -OFFSET * sum};
+    } else if (w.kind == Kind::int8)
       for (int i = 0; i < GROUP; i += 4) {
         Slice& s = ((Slice*)to)[(c + i) / BYTES];
         const int lane = (c + i) % BYTES / 4;
@@ -410,15 +421,111 @@ static void all_outputs(const Linear& a, int64_t begin, int64_t end) {
     }
 }
 
-// Rows a.row to a.row + a.rows of x, made ready; then all outputs for them, i.e. ceil(O / W) pieces of work.
-static int64_t linear_prepare(Linear& a, float* scratch) {
+// ------------------------------------------------------------------------------------------------ many rows of integers
+
+// Here a lane is an output: the sum over a group stays in integers and needs one conversion for 32 products, so that this
+// is faster than a product of floats. W outputs are laid out for it first, four columns of each side by side; that pays
+// from a dozen rows on. Only with VNNI, whose instruction reads four columns of x into all lanes.
+#if MINIMAL_VECTOR_BYTES == 64
+constexpr int64_t TILE = 12;  // rows of x side by side
+struct Laid {
+  vc* codes;          // C/4 of them: byte 4 j + i of number k is the code of output j and column 4 k + i
+  vf *scale, *least;  // of each group, for int4
+};
+
+static void lay_out(const Weight& a, int64_t o, const Laid& to) {
+  const int64_t G = (a.C + GROUP - 1) / GROUP;
+  vf r[W], high[W];
+  if (a.kind == Kind::int8)
+    for (int64_t c = 0; c < a.C; c += BYTES) {
+      for (int j = 0; j < W; j++) {
+        const int8_t* p = (const int8_t*)a.codes + least(o + j, a.O - 1) * a.C + c;
+        r[j] = (vf)(load_over<vc>(p, a.C - c, a.end) ^ (vc{} + (int8_t)-128));
+      }
+      transpose(r);
+      for (int j = 0; j < W; j++) to.codes[c / 4 + j] = (vc)r[j];
+    }
+  else {
+    for (int64_t g = 0; g < G; g += 4) {
+      for (int j = 0; j < W; j++) {
+        const char* p = (const char*)a.codes + (least(o + j, a.O - 1) * G + g) * 16;
+        const vc both = load_over<vc>(p, (G - g) * 16, a.end);
+        r[j] = (vf)(both & 15), high[j] = (vf)((vc)((vuc)both >> 4));
+      }
+      transpose(r), transpose(high);
+      for (int j = 0; j < W; j++) {
+        vc* group = to.codes + (g + j / 4) * 8 + j % 4;
+        group[0] = (vc)r[j], group[4] = (vc)high[j];
+      }
+    }
+    for (int which = 0; which < 2; which++) {
+      const uint16_t* from = which ? a.least16 : a.scale16;
+      vf* into = which ? to.least : to.scale;
+      for (int64_t g = 0; g < G; g += W) {
+        for (int j = 0; j < W; j++) {
+          const uint16_t* p = from + least(o + j, a.O - 1) * G + g;
+          r[j] = from_half(load_over<vh>(p, (G - g) * 2, from + a.O * G));
+        }
+        transpose(r);
+        for (int j = 0; j < W; j++) into[g + j] = g + j < G ? r[j] : vf{};
+      }
+    }
+  }
+}
+
+// N rows of x with W outputs.
+template <int N, bool INT4>
+INLINE void tile(const Linear& a, const Laid& w, int64_t o, int64_t row) {
+  const int64_t wide = round_up(a.weight.C, ROW), next = wide * 4, G = (a.weight.C + GROUP - 1) / GROUP;
+  const char* x = a.prepared + row * next;
+  vf sums[N] = {};
+  for (int64_t g = 0; g < G; g++) {
+    vi dots[N];
+    UNROLL for (int n = 0; n < N; n++)
+      dots[n] = INT4 ? vi{} : vi{} + ((const RowGroup*)(x + n * next + wide))[g].start;
+    UNROLL for (int k = 0; k < 8; k++) {
+      const vc codes = w.codes[g * 8 + k];
+      UNROLL for (int n = 0; n < N; n++)
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(dots[n]) : "v"(codes), "m"(*(const int32_t*)(x + n * next + g * GROUP + 4 * k)));
+    }
+    UNROLL for (int n = 0; n < N; n++) {
+      const RowGroup& t = ((const RowGroup*)(x + n * next + wide))[g];
+      if (INT4) sums[n] += as_floats(dots[n]) * w.scale[g] * t.scale + w.least[g] * t.sum;
+      else sums[n] += as_floats(dots[n]) * t.scale;
+    }
+  }
+  const vf scale = INT4 ? splat(1) : Int8::scale(a.weight, o);
+  const vf bias = a.bias.data ? read(a.bias, o * a.bias.stride[3], a.bias.stride[3], a.weight.O - o) : vf{};
+  UNROLL for (int n = 0; n < N; n++) write(a.out, (a.row + row + n) * a.weight.O + o, 1, a.weight.O - o, sums[n] * scale + bias);
+}
+template <bool INT4>
+static void many_outputs(const Linear& a, int64_t begin, int64_t end) {
   const int64_t wide = round_up(a.weight.C, ROW);
-  a.prepared = (char*)(scratch + wide);
-  for (int64_t n = 0; n < a.rows; n++) prepare(a, a.row + n, scratch, a.prepared + n * wide * 4);
-  return (a.weight.O + W - 1) / W;
+  ScratchBlock block(wide * 4 + wide);  // wide / 4 vectors of codes, 2 wide / 32 of constants
+  const Scratch scratch = block.start();
+  const Laid laid{(vc*)scratch.next, (vf*)(scratch.next + wide * 4), (vf*)(scratch.next + wide * 4 + wide / 2)};
+  for (int64_t i = begin; i < end; i++) {
+    lay_out(a.weight, i * W, laid);
+    int64_t n = 0;
+    for (; n + TILE <= a.rows; n += TILE) tile<TILE, INT4>(a, laid, i * W, n);
+    for (; n + 4 <= a.rows; n += 4) tile<4, INT4>(a, laid, i * W, n);
+    for (; n < a.rows; n++) tile<1, INT4>(a, laid, i * W, n);
+  }
+}
+#endif
+
+// Rows a.row to a.row + a.rows of x, made ready; then all outputs for them, W at a time.
+static void linear_prepare(void* context, int64_t begin, int64_t end) {
+  const Linear& a = *(const Linear*)context;
+  const int64_t wide = round_up(a.weight.C, ROW);
+  ScratchBlock line(wide);
+  for (int64_t n = begin; n < end; n++) prepare(a, a.row + n, line.start().next, a.prepared + n * wide * 4);
 }
 static void linear_outputs(void* context, int64_t begin, int64_t end) {
   const Linear& a = *(const Linear*)context;
+#if MINIMAL_VECTOR_BYTES == 64
+  if (a.many) return a.weight.kind == Kind::int8 ? many_outputs<false>(a, begin, end) : many_outputs<true>(a, begin, end);
+#endif
   switch (a.weight.kind) {
     case Kind::int8: return a.dynamic ? all_outputs<Int8, true>(a, begin, end) : all_outputs<Int8, false>(a, begin, end);
     case Kind::int4: return a.dynamic ? all_outputs<Int4, true>(a, begin, end) : all_outputs<Int4, false>(a, begin, end);

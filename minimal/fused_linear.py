@@ -20,9 +20,10 @@ A few rows of x, as in decoding, take as long as reading the codes once. There a
                    case: for normal x and W, y is off by about 0.6 % (root mean square)
 
 Departure from the common way, one t for a row of x: a group is not spoilt by a large number elsewhere in the row.
-Many rows (training, prefill) are a product of floats: a panel of W at a time, 4 MB, is unpacked while the cache has it
-and multiplied. So a layer never needs the memory of W, forward or backward. Where a gradient is wanted
-x is never rounded, and the gradients to x and b are exact for W; the codes have none.
+Many rows (prefill, training): dynamic on a processor with AVX-512 VNNI is faster than F.linear with a float32 weight.
+Else they are a product of floats: a panel of W at a time, 4 MB, is unpacked while the cache has it and multiplied, so
+that a layer never needs the memory of W, forward or backward. Where a gradient is wanted x is never rounded, and the
+gradients to x and b are exact for W; the codes have none.
 
     from minimal import fused_linear
     y = fused_linear.linear(x, "int8", (O, C), bias, codes=codes, scale=scale)
@@ -51,7 +52,7 @@ HELD = {
     "nf4": ("codes", "absmax", "scale", "mean"),
     "bfloat16": ("weight",),
 }
-FEW = 16  # rows up to which the operators win over unpacking W; up to 4 they take little longer than for one
+FEW = 16  # rows up to which the operators win over unpacking W, where they do not for all
 PANEL = 1 << 20  # weights that are unpacked at a time: 4 MB of float32
 
 
@@ -121,6 +122,7 @@ def _no_gradient(ctx, *grads):
 
 
 _reason = _load()  # None: the operators are there
+_integers = _reason is None and sys.modules["minimal._C"].many_rows_in_integers()
 
 
 def available() -> bool:
@@ -142,7 +144,7 @@ def linear(x, kind: str, shape, bias=None, *, dynamic=True, **held) -> Tensor:
 
     kind and held: "int8" with codes and scale, "int4" with codes, scale and least, "nf4" with codes, absmax, scale and
     mean, "bfloat16" with weight (formats above). x float32 or bfloat16 runs fused and is summed in float32; bias (O,).
-    dynamic: whether up to 16 rows of x may be rounded to 8 bits (int8, int4) where no gradient is wanted.
+    dynamic: whether x may be rounded to 8 bits (int8, int4), where no gradient is wanted and that is faster.
     Gradients: to x and bias, exact for W. ValueError: an unknown kind, other parts than it has, an x that does not fit.
     RuntimeError: parts that do not fit the shape; each names the argument, its value and what was wanted."""
     parts, (O, C) = _parts(kind, held), shape
@@ -211,7 +213,8 @@ def _panels(O, C):
 def _product(x, bias, kind, shape, dynamic, parts):
     """x (N, C) -> (N, O), no gradient."""
     O, C = shape
-    if x.shape[0] <= FEW and why_not(x) is None and (kind != "nf4" or C % 64 == 0 and C > 0):
+    few = x.shape[0] <= FEW or _integers and dynamic and kind in ("int8", "int4")
+    if few and why_not(x) is None and (kind != "nf4" or C % 64 == 0 and C > 0):
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return _few(x, bias, kind, shape, dynamic, parts)
         with torch._C._AutoDispatchBelowAutograd():  # past the rules above, which cost more than they need

@@ -8,6 +8,7 @@ Oracle: x W^T + b in float64, with W read from the codes by its definition. Boun
 The operators are called on every instruction set that this machine has.
 """
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -152,6 +153,14 @@ def few(kind, x, bias, held, dynamic):
 
 
 @pytest.mark.parametrize("isa", SETS)
+@given(case=cases(kinds=["int8", "int4"], rows=st.integers(16, 70)))
+def test_many_rows_in_integers(isa, case):  # with AVX-512 they have a kernel of their own, in tiles of 12, 4 and 1
+    C_.choose_instruction_set(isa)
+    kind, x, (O, C), bias, held = case
+    check(few(kind, x, bias, held, True), x, wide(kind, O, C, held), bias, True)
+
+
+@pytest.mark.parametrize("isa", SETS)
 @given(case=cases(multiple=True), dynamic=st.booleans())
 def test_few_rows_against_float64(isa, case, dynamic):
     C_.choose_instruction_set(isa)
@@ -169,7 +178,10 @@ def test_linear_takes_any_number_of_rows(case, dynamic, leading):
     y = fused_linear.linear(given_x, kind, (O, C), bias, dynamic=dynamic, **held)
     assert y.shape == (*given_x.shape[:-1], O)
     y = y.view(len(x), O)
-    if x.dtype == torch.bfloat16 and len(x) > fused_linear.FEW:  # a product of PyTorch's, of W rounded to bfloat16
+    integers = fused_linear._integers and dynamic and kind in ("int8", "int4")
+    if (
+        x.dtype == torch.bfloat16 and len(x) > fused_linear.FEW and not integers
+    ):  # a product of PyTorch's, of W rounded to bfloat16
         W = wide(kind, O, C, held).bfloat16()
         exact = F.linear(x.double(), W.double(), None if bias is None else bias.double())
         terms = x.double().abs() @ W.double().abs().mT + (0 if bias is None else bias.double().abs())
@@ -236,9 +248,9 @@ def test_extreme_codes_do_not_overflow(isa, kind):
     """All products of the largest size, in a long row: 16- and 32-bit sums must hold them."""
     C_.choose_instruction_set(isa)
     C = 100_000
-    for code in (-128, 127) if kind == "int8" else (0, 255):
-        for sign in (-1.0, 1.0):
-            x = torch.full((1, C), sign)
+    for code, sign in itertools.product((-128, 127) if kind == "int8" else (0, 255), (-1.0, 1.0)):
+        for rows in (1, 16):
+            x = torch.full((rows, C), sign)
             if kind == "int8":
                 held = {"codes": torch.full((3, C), code, dtype=torch.int8), "scale": torch.ones(3)}
             else:
@@ -250,20 +262,21 @@ def test_extreme_codes_do_not_overflow(isa, kind):
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_row(isa, kind, bad):
+@pytest.mark.parametrize("rows", [3, 17])
+def test_what_is_not_finite_stays_in_its_row(isa, kind, bad, rows):
     C_.choose_instruction_set(isa)
-    x, held = torch.randn(3, 64), drawn(kind, 5, 64, torch.Generator().manual_seed(0))
+    x, held = torch.randn(rows, 64), drawn(kind, 5, 64, torch.Generator().manual_seed(0))
     x[1, 40] = bad
     y = few(kind, x, None, held, True)
-    assert not y[1].isfinite().any() and y[[0, 2]].isfinite().all()
+    assert not y[1].isfinite().any() and y[[0, *range(2, rows)]].isfinite().all()
 
 
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("O", [1, 33])
 def test_a_bad_weight_stays_in_its_output(isa, O):  # although vectors reach over the end of a row
     C_.choose_instruction_set(isa)
-    for C in (1, 17, 40, 100):
-        x = torch.randn(2, C)
+    for C, rows in itertools.product((1, 17, 40, 100), (2, 18)):
+        x = torch.randn(rows, C)
         for kind, name in (("int4", "scale"), ("int4", "least"), ("bfloat16", "weight"), ("int8", "scale")):
             held = drawn(kind, O, C, torch.Generator().manual_seed(0))
             held[name][O // 2] = float("nan")
@@ -302,8 +315,9 @@ def test_same_bits_for_every_number_of_threads_and_rows(isa, case, dynamic):
 def test_large_layers_use_both_threads():  # past the size below which one thread does it all
     for kind in KINDS:
         held = drawn(kind, 1000, 320, torch.Generator().manual_seed(0))
-        x = torch.randn(3, 320)
-        check(few(kind, x, None, held, True), x, wide(kind, 1000, 320, held), None, True)
+        for rows in (3, 300):  # more than are worked on at a time
+            x = torch.randn(rows, 320)
+            check(few(kind, x, None, held, True), x, wide(kind, 1000, 320, held), None, True)
         exact = wide(kind, 1000, 320, held)
         assert torch.allclose(fused_linear.unpack(kind, (1000, 320), **held).double(), exact, 1e-5, 1e-5)
 
