@@ -182,37 +182,52 @@ struct Bf16Weight : Unscaled {
 
 // ------------------------------------------------------------------------------------------------ integer products
 
-// Products u * s of bytes, added up by fours into lanes; u without sign, at most 128 where there is no VNNI.
-INLINE vi dot_small(vi sum, vc u, vc s) {
-#if MINIMAL_VECTOR_BYTES == 64
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
-  return sum;
-#elif MINIMAL_VECTOR_BYTES == 32
+// Products u * s of bytes, neighbours added up by twos, then by fours. u has no sign and is at most 128: 16 bits hold it.
+INLINE vs dot_pairs(vc u, vc s) {
+#if MINIMAL_VECTOR_BYTES == 32
   vs pairs;
-  vi fours;
   asm("vpmaddubsw %2, %1, %0" : "=x"(pairs) : "x"(u), "x"(s));
-  asm("vpmaddwd %2, %1, %0" : "=x"(fours) : "x"(pairs), "x"(vs{} + 1));
-  return sum + fours;
-#else  // pairs: below 128 * 127 * 2, so 16 bits hold them
-  const vs even = ((vs)u & 0xff) * ((vs)((vs)s << 8) >> 8), odd = (vs)((vs)u >> 8) * ((vs)s >> 8);
-  const vi pairs = (vi)(even + odd);
-  return sum + ((vi)(pairs << 16) >> 16) + (pairs >> 16);
+  return pairs;
+#else
+  return ((vs)u & 0xff) * ((vs)((vs)s << 8) >> 8) + (vs)((vs)u >> 8) * ((vs)s >> 8);
 #endif
 }
-// The same for signed bytes. The instruction takes one operand without sign: 128 is added to w, and 128 times the sum of
-// x, which `start` holds, taken off; else the sign goes over to x.
+INLINE vi add_pairs(vs pairs) {
+#if MINIMAL_VECTOR_BYTES == 32
+  vi fours;
+  asm("vpmaddwd %2, %1, %0" : "=x"(fours) : "x"(pairs), "x"(vs{} + 1));
+  return fours;
+#else
+  return ((vi)((vi)pairs << 16) >> 16) + ((vi)pairs >> 16);
+#endif
+}
+#if MINIMAL_VECTOR_BYTES == 64
+INLINE vi dot_vnni(vi sum, vc u, vc s) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
+  return sum;
+}
+#endif
+// u * s + v * t for u and v from 0 to 15, of which four products fit 16 bits.
+INLINE vi dot_small(vc u, vc s, vc v, vc t) {
+#if MINIMAL_VECTOR_BYTES == 64
+  return dot_vnni(dot_vnni(vi{}, u, s), v, t);
+#else
+  return add_pairs(dot_pairs(u, s) + dot_pairs(v, t));
+#endif
+}
+// w * x for signed bytes. The instructions take one operand without sign: with VNNI 128 is added to w, and 128 times the
+// sum of x, which `start` holds, taken off; else the sign of w goes over to x.
 INLINE vi dot_signed(vi start, vc w, vc x) {
 #if MINIMAL_VECTOR_BYTES == 64
-  return dot_small(start, w ^ (vc{} + (int8_t)-128), x);
+  return dot_vnni(start, w ^ (vc{} + (int8_t)-128), x);
 #elif MINIMAL_VECTOR_BYTES == 32
   vc size, turned;
   asm("vpabsb %1, %0" : "=x"(size) : "x"(w));
   asm("vpsignb %2, %1, %0" : "=x"(turned) : "x"(x), "x"(w));
-  return dot_small(start, size, turned);
+  return start + add_pairs(dot_pairs(size, turned));
 #else
   const vs even = ((vs)((vs)w << 8) >> 8) * ((vs)((vs)x << 8) >> 8), odd = ((vs)w >> 8) * ((vs)x >> 8);
-  const vi pairs = (vi)(even + odd);
-  return start + ((vi)(pairs << 16) >> 16) + (pairs >> 16);
+  return start + add_pairs(even + odd);
 #endif
 }
 constexpr int64_t OUTPUTS = W;  // of a piece of work
@@ -336,8 +351,7 @@ template <int K, int N>
 INLINE void add_quarter(const Block* (&x)[N], vc codes, const vf (&scale)[N], vf (&sums)[N]) {
   const vc low = codes & 15, high = (vc)((vuc)codes >> 4);
   UNROLL for (int n = 0; n < N; n++)
-    sums[n] += as_floats(dot_small(dot_small(vi{}, low, x[n]->low[K]), high, x[n]->high[K])) *
-               spread<K>(scale[n]);
+    sums[n] += as_floats(dot_small(low, x[n]->low[K], high, x[n]->high[K])) * spread<K>(scale[n]);
 }
 template <int N>
 INLINE void add_int4(const Weight& a, const char* x, int64_t next, const int64_t (&o)[BESIDE], vf (&sums)[N][BESIDE]) {
