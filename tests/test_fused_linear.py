@@ -286,6 +286,47 @@ def test_a_bad_weight_stays_in_its_output(isa, O):  # although vectors reach ove
                 assert y[:, good].isfinite().all() and y[:, ~good].isnan().all(), (kind, name, C, dynamic)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called by name")
+def test_nothing_past_the_end_is_read():
+    """Each tensor ends where a page begins that must not be read: in a process of its own, which would die of it."""
+    code = """
+        import ctypes, mmap, sys, torch
+        sys.path.insert(0, "tests")
+        from test_fused_linear import C_, KINDS, SETS, drawn, few, fused_linear
+        libc, page, kept = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
+        def at_the_end(t):
+            if t is None or not t.numel():
+                return t
+            room = -(-t.nbytes // page) * page
+            block = mmap.mmap(-1, room + page)
+            start = ctypes.addressof(ctypes.c_char.from_buffer(block))
+            assert libc.mprotect(ctypes.c_void_p(start + room), page, 0) == 0
+            kept.append(block)
+            moved = torch.frombuffer(block, dtype=t.dtype, count=t.numel(), offset=room - t.nbytes).view(t.shape)
+            return moved.copy_(t)
+        gen = torch.Generator().manual_seed(0)
+        for kind in KINDS:
+            for O, C in ((1, 1), (3, 31), (5, 64), (17, 100), (33, 192), (2, 577), (18, 1057), (7, 32), (15, 160)):
+                if kind == "nf4":
+                    C = -(-C // 64) * 64
+                held = {name: at_the_end(t) for name, t in drawn(kind, O, C, gen).items()}
+                for N in (1, 3, 8, 17):
+                    x, bias = at_the_end(torch.randn(N, C)), at_the_end(torch.randn(O))
+                    for isa in SETS:
+                        C_.choose_instruction_set(isa)
+                        few(kind, x, bias, held, True), few(kind, x.bfloat16(), None, held, False)
+                        fused_linear.unpack(kind, (O, C), **held)
+        if "check" in sys.argv:  # the guard itself: what reads too far does die
+            ctypes.string_at(x.data_ptr(), x.nbytes + 1)
+        print("fine")
+    """
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(run, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "fine\n", (done.returncode, done.stderr)
+    assert subprocess.run([*run, "check"], env=env, cwd=ROOT, capture_output=True).returncode < 0
+
+
 @pytest.mark.parametrize("isa", SETS)
 def test_every_float16_is_read(isa):
     C_.choose_instruction_set(isa)
