@@ -30,7 +30,7 @@ constexpr int64_t ROW = 512;  // 32 columns for each lane of the widest vector
 namespace minimal {
 
 namespace {
-// The 64-byte products need VNNI, which every processor with AVX-512 has but the first: that one takes the 32-byte ones.
+// The 64-byte products need VNNI, which all but the first processors with AVX-512 have: those take the 32-byte ones.
 bool has_vnni() {
 #if MINIMAL_X86
   static const bool has = (__builtin_cpu_init(), __builtin_cpu_supports("avx512vnni"));
