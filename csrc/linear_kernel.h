@@ -166,6 +166,19 @@ struct Nf4 : Unscaled {  // blocks of 64 of the flattened weight: two groups eac
   }
   static INLINE_MEMBER Group scaled(const Weight& a, int64_t o, int64_t g) { return read(a, o, g); }
 };
+struct F32Weight : Unscaled {
+  static constexpr int64_t BITS = 32;
+  static INLINE_MEMBER Group read(const Weight& a, int64_t o, int64_t g) {
+    float line[GROUP];
+    const float* p = codes_of(a, o, g, line);
+    const int32_t left = (int32_t)(a.C - g * GROUP);
+    Group to;
+    UNROLL for (int i = 0; i < GROUP_VECTORS; i++) to.w[i] = load(p + i * W);
+    if (left < GROUP)  // the next row's could be NaN
+      UNROLL for (int i = 0; i < GROUP_VECTORS; i++) to.w[i] = lane_numbers() < left - i * W ? to.w[i] : vf{};
+    return to;
+  }
+};
 struct Bf16Weight : Unscaled {
   static constexpr int64_t BITS = 16;
   static INLINE_MEMBER Group read(const Weight& a, int64_t o, int64_t g) {
@@ -545,6 +558,7 @@ static void linear_outputs(void* context, int64_t begin, int64_t end) {
     case Kind::int4: return a.dynamic ? all_outputs<Int4, true>(a, begin, end) : all_outputs<Int4, false>(a, begin, end);
     case Kind::nf4: return all_outputs<Nf4, false>(a, begin, end);
     case Kind::bf16: return all_outputs<Bf16Weight, false>(a, begin, end);
+    case Kind::f32: return all_outputs<F32Weight, false>(a, begin, end);
   }
 }
 
@@ -570,6 +584,7 @@ static void unpack_groups(void* context, int64_t begin, int64_t end) {
     case Kind::int8: return unpack_as<Int8>(a, begin, end);
     case Kind::int4: return unpack_as<Int4>(a, begin, end);
     case Kind::nf4: return unpack_as<Nf4>(a, begin, end);
-    case Kind::bf16: return;
+    case Kind::bf16:
+    case Kind::f32: return;
   }
 }

@@ -487,6 +487,64 @@ Tensor unpack_nf4(const Tensor& codes, const Tensor& absmax, const Tensor& scale
   return unpacked(op, w, {count, 0, 0, 0}, 1, bfloat16);
 }
 
+// ---------------------------------------------------------------------------------------------------- a Llama's block
+
+// A weight of as many inputs as `C` says, in what the dtype of its codes tells: float32, bfloat16, int8 or 4 bits (uint8).
+Weight weight_of(const char* op, const char* name, const Tensor& codes, const std::optional<Tensor>& scale,
+                 const std::optional<Tensor>& least, int64_t C) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(codes.get(), &dtype));
+  const bool int8 = dtype == aoti_torch_dtype_int8(), int4 = dtype == aoti_torch_dtype_uint8();
+  STD_TORCH_CHECK(scale.has_value() == (int8 || int4) && least.has_value() == int4, op, ": ", name, " of ", dtype_name(dtype),
+                  "; wanted a scale beside int8, scale and least beside uint8, and neither beside floats");
+  if (int8 || int4) {
+    const Weight w = int8 ? held_int8(op, codes, *scale) : held_int4(op, codes, *scale, *least, C);
+    STD_TORCH_CHECK(w.C == C, op, ": ", name, " has ", w.C, " inputs; wanted ", C);
+    return w;
+  }
+  constexpr Dtypes floats{true, true, false, "float32, bfloat16, int8 or uint8"};
+  const View v = held(op, name, codes, floats, {-1, C}, "(O, C)");
+  Weight w{v.type == Type::f32 ? Kind::f32 : Kind::bf16, v.size[2], C, v.data};
+  w.end = static_cast<const char*>(v.data) + bytes_of(v.type) * w.O * w.C;
+  return w;
+}
+
+Tensor llama_block(const Tensor& x, const Tensor& norm1, const Tensor& norm2,
+                   const Tensor& qkv, const std::optional<Tensor>& qkv_scale, const std::optional<Tensor>& qkv_least,
+                   const Tensor& o, const std::optional<Tensor>& o_scale, const std::optional<Tensor>& o_least,
+                   const Tensor& gate_up, const std::optional<Tensor>& gate_up_scale, const std::optional<Tensor>& gate_up_least,
+                   const Tensor& down, const std::optional<Tensor>& down_scale, const std::optional<Tensor>& down_least,
+                   const Tensor& cos, const Tensor& sin, const Tensor& cache, int64_t start, double eps, bool dynamic) {
+  const char* op = "minimal::llama_block";
+  const View vx = held(op, "x", x, kFloat32, {-1, -1}, "(B, C)");
+  const View kv = held(op, "cache", cache, kFloat32, {vx.size[2], -1, -1, -1}, "(B, 2 Hkv, context, D)");
+  minimal::Block a;
+  a.rows = vx.size[2], a.C = vx.size[3], a.kv_heads = kv.size[1] / 2, a.context = kv.size[2], a.D = kv.size[3];
+  STD_TORCH_CHECK(a.C > 0 && kv.size[1] > 0 && kv.size[1] % 2 == 0 && a.D > 0 && a.D % 2 == 0 && a.D <= kMaxHeadSize, op, ": cache has shape ",
+                  shape(cache), " and x ", shape(x), "; wanted (B, 2 Hkv, context, D) with an even D up to ", kMaxHeadSize);
+  STD_TORCH_CHECK(start >= 0 && start < a.context, op, ": start is ", start, "; wanted 0 to ", a.context - 1, ", a place in the cache");
+  a.start = start, a.eps = static_cast<float>(eps), a.dynamic = dynamic;
+  a.x = static_cast<const float*>(vx.data), a.cache = static_cast<float*>(kv.data);
+  auto line = [&](const char* name, const Tensor& t, int64_t n) {
+    return static_cast<const float*>(held(op, name, t, kFloat32, {n}, "(n,)").data);
+  };
+  a.norm1 = line("norm1", norm1, a.C), a.norm2 = line("norm2", norm2, a.C);
+  a.cos = line("cos", cos, a.D), a.sin = line("sin", sin, a.D);
+  a.qkv = weight_of(op, "qkv", qkv, qkv_scale, qkv_least, a.C);
+  a.heads = a.qkv.O / a.D - 2 * a.kv_heads;
+  STD_TORCH_CHECK(a.qkv.O % a.D == 0 && a.heads > 0 && a.heads % a.kv_heads == 0, op, ": qkv has ", a.qkv.O,
+                  " outputs; wanted (H + 2 Hkv) D for Hkv = ", a.kv_heads, ", D = ", a.D, " and an H that Hkv divides");
+  a.o = weight_of(op, "o", o, o_scale, o_least, a.heads * a.D);
+  a.gate_up = weight_of(op, "gate_up", gate_up, gate_up_scale, gate_up_least, a.C);
+  a.down = weight_of(op, "down", down, down_scale, down_least, a.gate_up.O / 2);
+  STD_TORCH_CHECK(a.o.O == a.C && a.down.O == a.C && a.gate_up.O % 2 == 0, op, ": o, down and gate_up have ", a.o.O, ", ", a.down.O,
+                  " and ", a.gate_up.O, " outputs; wanted C = ", a.C, " twice, and 2 F");
+  Tensor out = empty(op, {a.rows, a.C, 0, 0}, 2, Type::f32);
+  a.out = static_cast<float*>(out.mutable_data_ptr());
+  if (a.rows > 0) minimal::llama_block(a, parallel);
+  return out;
+}
+
 // ---------------------------------------------------------------------------------------------------- build facts
 
 std::string torch_version(uint64_t abi) {  // one byte each: major, minor, patch
@@ -520,6 +578,12 @@ STABLE_TORCH_LIBRARY(minimal, m) {
   m.def("unpack_int8(Tensor codes, Tensor scale, bool bfloat16) -> Tensor");
   m.def("unpack_int4(Tensor codes, Tensor scale, Tensor least, int C, bool bfloat16) -> Tensor");
   m.def("unpack_nf4(" MINIMAL_NF4 "int first, int count, bool bfloat16) -> Tensor");  // of W flattened, a part
+  // One token of each row of x (B, C) through a block of a Llama: minimal/decoder.py has the equations. cos and sin (D,) are
+  // of place `start`, where k and v are written into the cache (B, 2 Hkv, context, D). A weight (O, C) is float32 or bfloat16,
+  // int8 with a scale, or uint8 with scale and least, as in linear_*.
+#define MINIMAL_WEIGHT(name) "Tensor " name ", Tensor? " name "_scale, Tensor? " name "_least, "
+  m.def("llama_block(Tensor x, Tensor norm1, Tensor norm2, " MINIMAL_WEIGHT("qkv") MINIMAL_WEIGHT("o") MINIMAL_WEIGHT("gate_up")
+        MINIMAL_WEIGHT("down") "Tensor cos, Tensor sin, Tensor(a!) cache, int start, float eps, bool dynamic) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minimal, CPU, m) {
@@ -527,6 +591,7 @@ STABLE_TORCH_LIBRARY_IMPL(minimal, CPU, m) {
   m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("llama_block", TORCH_BOX(&llama_block));
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("linear_int4", TORCH_BOX(&linear_int4));
   m.impl("linear_nf4", TORCH_BOX(&linear_nf4));

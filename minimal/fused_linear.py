@@ -9,7 +9,7 @@ A layer computes y = x W^T + b with the W (O, C) that its codes stand for (minim
     nf4        W = a_b L[code]               codes uint8 (32 n,), absmax int8 (n,), scale float32 (n/256,), mean (1,)
                for blocks of 64 of W flattened; two codes to a byte, the first in the high half; L has 16 levels,
                a_b = max(0, absmax_b scale + mean): QLoRA, Dettmers et al. 2023, arXiv 2305.14314
-    bfloat16   weight bfloat16 (O, C)
+    bfloat16   weight bfloat16 (O, C); float32 likewise, so that one way serves all: PyTorch's own product
 
 A few rows of x, as in decoding, take as long as reading the codes once. There are two ways to multiply:
 
@@ -51,6 +51,7 @@ HELD = {
     "int4": ("codes", "scale", "least"),
     "nf4": ("codes", "absmax", "scale", "mean"),
     "bfloat16": ("weight",),
+    "float32": ("weight",),
 }
 FEW = 16  # rows up to which the operators win over unpacking W, where they do not for all
 PANEL = 1 << 20  # weights that are unpacked at a time: 4 MB of float32
@@ -112,6 +113,7 @@ def _register_rules() -> None:
     fake("linear_int4", lambda x, codes, *rest: x.new_empty(x.shape[0], codes.shape[0]))
     fake("linear_nf4", lambda x, codes, *rest: x.new_empty(x.shape[0], codes.shape[0] * 2 // x.shape[1]))
     fake("linear_bf16", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
+    torch.library.register_fake("minimal::llama_block", lambda x, *rest: torch.empty_like(x))
     fake("unpack_int8", lambda codes, scale, half: codes.new_empty(codes.shape, dtype=dtype(half)))
     fake("unpack_int4", lambda codes, scale, least, C, half: codes.new_empty(codes.shape[0], C, dtype=dtype(half)))
     fake("unpack_nf4", lambda codes, *rest: codes.new_empty(rest[-2], dtype=dtype(rest[-1])))
@@ -169,6 +171,35 @@ def unpack(kind: str, shape, dtype=torch.float32, **held) -> Tensor:
     return _rows(kind, shape[1], 0, shape[0], dtype, [part.detach() for part in _parts(kind, held)])
 
 
+class Product:
+    """x W^T of a weight W (O, C) that is held in parts, without gradient and with few checks: for minimal/decoder.py.
+
+    kind, shape, held and dynamic as in linear. Called with x (N, C) of float32 or bfloat16 it gives (N, O); rows(ids)
+    gives W[ids] in float32, (n, C), for ids (n,); not of nf4, whose blocks do not end with the rows (ValueError)."""
+
+    def __init__(self, kind, shape, *, dynamic=True, **held):
+        self.how = kind, tuple(shape), dynamic, _parts(kind, held)
+        self.parts = (*self.how[3], None, None)[:3]  # codes, scale and least, as llama_block wants them
+
+    def __call__(self, x):
+        return _product(x, None, *self.how)
+
+    def rows(self, ids):
+        kind, (_, C), _, parts = self.how
+        if kind == "nf4":
+            raise ValueError("kind='nf4' has no rows of its own; wanted int8, int4 or bfloat16")
+        return _rows(kind, C, 0, len(ids), torch.float32, [part[ids] for part in parts])
+
+
+def llama_block(x, layer, cache, cos, sin, start, eps):
+    """One token of each row through a block of minimal/decoder.py, as its Decoder calls `block`: x (B, C) -> (B, C).
+
+    layer: norms, two of (C,), and qkv, o, gate_up and down, each a Product here (not of nf4). cache (B, 2 Hkv, P, D) is
+    written at `start`, whose cos and sin are (D,). float32 on the CPU; RuntimeError for what does not fit."""
+    weights = (*layer.qkv.parts, *layer.o.parts, *layer.gate_up.parts, *layer.down.parts)
+    return torch.ops.minimal.llama_block.default(x, *layer.norms, *weights, cos, sin, cache, start, eps, layer.o.how[2])
+
+
 def _parts(kind, held):
     try:
         parts = [held[name] for name in HELD[kind]]
@@ -213,6 +244,8 @@ def _panels(O, C):
 def _product(x, bias, kind, shape, dynamic, parts):
     """x (N, C) -> (N, O), no gradient."""
     O, C = shape
+    if kind == "float32":
+        return F.linear(x, *parts, bias)
     few = x.shape[0] <= FEW or _integers and dynamic and kind in ("int8", "int4")
     if few and why_not(x) is None and (kind != "nf4" or C % 64 == 0 and C > 0):
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
@@ -254,7 +287,7 @@ def _rows(kind, C, begin, end, dtype, parts, plain=False):
     codes, *constants = [part[begin:end] for part in parts]
     if codes.shape[0] != end - begin:
         raise RuntimeError(f"{HELD[kind][0]} has shape {tuple(parts[0].shape)}; wanted {end} outputs, as shape says")
-    if kind == "bfloat16":
+    if kind in ("bfloat16", "float32"):
         return codes.to(dtype)
     if kind == "int8":
         W = ops.unpack_int8(codes, *constants, half) if fused else codes * constants[0][:, None]
