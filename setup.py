@@ -24,7 +24,7 @@ import sys
 
 from setuptools import setup
 
-SOURCES = [f"csrc/{name}.cpp" for name in ("ops", "softmax_cpu", "attention_cpu", "decode_cpu", "linear_cpu", "block_cpu")]
+SOURCES = [f"csrc/{name}_cpu.cpp" for name in ("softmax", "attention", "decode", "linear", "block")] + ["csrc/ops.cpp"]
 WANTED = os.environ.get("MINIMAL_BUILD_EXTENSION", "auto")  # 0, 1 or auto
 CUDA = os.environ.get("MINIMAL_CUDA", "auto")  # 0, 1, auto or cross
 

@@ -36,6 +36,7 @@ from minimal.attention import attention  # noqa: E402
 from minimal.gguf_llama import read_llama  # noqa: E402
 from minimal.llama import Llama  # noqa: E402
 from minimal.loss import linear_cross_entropy  # noqa: E402
+from models import fused_product  # noqa: E402
 
 SHAPES = {"2 x 256": (2, 256, 7), "4 x 512": (4, 512, 5)}  # (rows, tokens, rounds)
 SIDES = ("ours", "ours, 4 bits", "ours, 4 bits, recompute", "theirs")
@@ -52,7 +53,7 @@ def folder():
 def ours(side):
     model = Llama.from_tensors(*read_llama(folder() / FILE), attention=attention)
     if "4 bits" in side:
-        quant.quantise(model, "nf4")
+        quant.quantise(model, "nf4", linear=fused_product)
     lora.add_lora(model, rank=8, alpha=16)
     lean.make_lean(model.train(), recompute="recompute" in side)
     optimiser = torch.optim.AdamW(lora.lora_parameters(model), lr=1e-4, fused=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A Llama that decodes in few operations: products joined, tables made once, keys and values written in place.
 
-One new token costs one read of all weights, W bytes at the memory's rate, and beside it what each operation costs before
-it computes anything: some microseconds, hundreds of times a token. minimal/llama.py spends more on the second than a
+A new token costs one read of all weights at the memory's rate, and beside it what each operation costs before it has
+computed anything: some microseconds, hundreds of times a token. minimal/llama.py spends more on the second than a
 quantised model on the first. So here, of minimal/llama.py's equations,
 
     q, k and v are one product, and so are gate and up      W = [W_q; W_k; W_v],  [W_gate; W_up]
@@ -161,3 +161,41 @@ class Decoder:
                 state.kv[i] = new
             else:
                 state.kv.append(new)
+
+
+if __name__ == "__main__":
+    import time
+
+    class Block(torch.nn.Module):  # the parts of minimal/llama.py that are read here, with random weights
+        def __init__(self, C, Hkv, F):
+            super().__init__()
+            linear = lambda i, o: torch.nn.Linear(i, o, bias=False)  # noqa: E731
+            self.input_layernorm, self.post_attention_layernorm = torch.nn.RMSNorm(C), torch.nn.RMSNorm(C)
+            self.self_attn, self.mlp = torch.nn.Module(), torch.nn.Module()
+            self.self_attn.q_proj, self.self_attn.o_proj = linear(C, C), linear(C, C)
+            self.self_attn.k_proj, self.self_attn.v_proj = linear(C, Hkv * 32), linear(C, Hkv * 32)
+            self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj = linear(C, F), linear(C, F), linear(F, C)
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = torch.nn.Module()
+    model.config = types.SimpleNamespace(
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, hidden_size=128, rms_norm_eps=1e-5,
+        max_position_embeddings=4096, rope_theta=10000.0, rope_scaling=None,
+    )  # fmt: skip
+    model.model, model.lm_head = torch.nn.Module(), torch.nn.Linear(128, 500, bias=False)
+    model.model.embed_tokens, model.model.norm = torch.nn.Embedding(500, 128), torch.nn.RMSNorm(128)
+    model.model.layers = torch.nn.ModuleList(Block(128, 2, 384) for _ in range(8))
+    decoder, ids = Decoder(model), torch.randint(500, (1, 3000))
+    cache, whole = [], decoder(ids[:, :60])
+    pieces = [decoder(piece, cache) for piece in ids[:, :60].split((31, 1, 1, 20, 7), dim=1)]
+    print(f"60 tokens at once and in pieces: logits off by {(pieces[-1] - whole).abs().max():.0e}")
+    for have in (100, 1000, 3000):
+        cache = []
+        decoder(ids[:, :have], cache)
+        start = time.perf_counter()
+        for _ in range(100):
+            decoder(ids[:, :1], cache)
+        took, state = (time.perf_counter() - start) / 100, cache[0]
+        held = sum(t.nbytes for t in state.kv) / 1e6
+        print(f"after {have:4d} tokens: {1e3 * took:.2f} ms a token, {held:4.1f} MB for {state.length} tokens")

@@ -9,7 +9,7 @@ A layer computes y = x W^T + b with the W (O, C) that its codes stand for (minim
     nf4        W = a_b L[code]               codes uint8 (32 n,), absmax int8 (n,), scale float32 (n/256,), mean (1,)
                for blocks of 64 of W flattened; two codes to a byte, the first in the high half; L has 16 levels,
                a_b = max(0, absmax_b scale + mean): QLoRA, Dettmers et al. 2023, arXiv 2305.14314
-    bfloat16   weight bfloat16 (O, C); float32 likewise, so that one way serves all: PyTorch's own product
+    bfloat16   weight bfloat16 (O, C)
 
 A few rows of x, as in decoding, take as long as reading the codes once. There are two ways to multiply:
 
@@ -51,7 +51,6 @@ HELD = {
     "int4": ("codes", "scale", "least"),
     "nf4": ("codes", "absmax", "scale", "mean"),
     "bfloat16": ("weight",),
-    "float32": ("weight",),
 }
 FEW = 16  # rows up to which the operators win over unpacking W, where they do not for all
 PANEL = 1 << 20  # weights that are unpacked at a time: 4 MB of float32
@@ -172,23 +171,26 @@ def unpack(kind: str, shape, dtype=torch.float32, **held) -> Tensor:
 
 
 class Product:
-    """x W^T of a weight W (O, C) that is held in parts, without gradient and with few checks: for minimal/decoder.py.
+    """x W^T of a weight W (O, C) held in parts, without gradient and with few checks: for minimal/decoder.py.
 
-    kind, shape, held and dynamic as in linear. Called with x (N, C) of float32 or bfloat16 it gives (N, O); rows(ids)
-    gives W[ids] in float32, (n, C), for ids (n,); not of nf4, whose blocks do not end with the rows (ValueError)."""
+    kind, shape, held and dynamic as in linear, and "float32" with weight, which is F.linear. Called with x (N, C) it
+    gives (N, O); rows(ids) gives W[ids] in float32, (n, C), for ids (n,); not of nf4, whose blocks do not end with the
+    rows (ValueError)."""
 
     def __init__(self, kind, shape, *, dynamic=True, **held):
-        self.how = kind, tuple(shape), dynamic, _parts(kind, held)
-        self.parts = (*self.how[3], None, None)[:3]  # codes, scale and least, as llama_block wants them
+        whole = [held["weight"]] if kind == "float32" and [*held] == ["weight"] else _parts(kind, held)
+        self.how = kind, tuple(shape), dynamic, whole
+        self.parts = (*whole, None, None)[:3]  # codes, scale and least, as llama_block wants them
 
     def __call__(self, x):
-        return _product(x, None, *self.how)
+        return F.linear(x, self.parts[0]) if self.how[0] == "float32" else _product(x, None, *self.how)
 
     def rows(self, ids):
         kind, (_, C), _, parts = self.how
         if kind == "nf4":
-            raise ValueError("kind='nf4' has no rows of its own; wanted int8, int4 or bfloat16")
-        return _rows(kind, C, 0, len(ids), torch.float32, [part[ids] for part in parts])
+            raise ValueError("kind='nf4' has no rows of its own; wanted int8, int4 or a float")
+        rows = [part[ids] for part in parts]
+        return rows[0] if kind == "float32" else _rows(kind, C, 0, len(ids), torch.float32, rows)
 
 
 def llama_block(x, layer, cache, cos, sin, start, eps):
@@ -244,8 +246,6 @@ def _panels(O, C):
 def _product(x, bias, kind, shape, dynamic, parts):
     """x (N, C) -> (N, O), no gradient."""
     O, C = shape
-    if kind == "float32":
-        return F.linear(x, *parts, bias)
     few = x.shape[0] <= FEW or _integers and dynamic and kind in ("int8", "int4")
     if few and why_not(x) is None and (kind != "nf4" or C % 64 == 0 and C > 0):
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
@@ -287,7 +287,7 @@ def _rows(kind, C, begin, end, dtype, parts, plain=False):
     codes, *constants = [part[begin:end] for part in parts]
     if codes.shape[0] != end - begin:
         raise RuntimeError(f"{HELD[kind][0]} has shape {tuple(parts[0].shape)}; wanted {end} outputs, as shape says")
-    if kind in ("bfloat16", "float32"):
+    if kind == "bfloat16":
         return codes.to(dtype)
     if kind == "int8":
         W = ops.unpack_int8(codes, *constants, half) if fused else codes * constants[0][:, None]

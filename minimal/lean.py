@@ -32,7 +32,7 @@ from torch import nn
 
 def _product(layer, x):
     """x (N, C) -> the layer's output with its adapter, (N, O), and h = x A^T (N, r) or None."""
-    y, lora = F.linear(x, layer.weight, layer.bias), getattr(layer, "lora", None)
+    y, lora = layer.forward(x), getattr(layer, "lora", None)  # without its hooks, and without gradient
     if lora is None:
         return y, None
     h = x @ lora.A.t()  # (N,C) x (r,C) -> (N,r)

@@ -34,6 +34,7 @@ Shapes, rounded up: C inputs of a layer, O outputs, G = C / 32 groups, n = O C /
 """
 
 import collections
+import copy
 import re
 import statistics
 
@@ -140,9 +141,14 @@ def torch_linear(x, kind, shape, dtype, bias, dynamic, **held):
     """x (..., C) -> x W^T + bias, (..., O), for the W of `shape` (O, C) that `held` stands for, rounded to `dtype`.
 
     held: the codes and constants of that kind, as its encode function gives them. The default `linear`: a fused product
-    of these arguments may take its place. It needs no gradient of its own, and gets none."""
+    of these arguments may take its place. It needs no gradient of its own, and gets none. If it has an attribute
+    `unpack`, called with kind, shape and held, then that gives W wherever it is wanted."""
     x = round_activations(x, kind) if dynamic else x
     return F.linear(x, KINDS[kind][1](shape, **held).to(dtype), bias)  # (..., C) x (O, C) -> (..., O)
+
+
+def _decode(linear, kind, shape, held):
+    return linear.unpack(kind, shape, **held) if hasattr(linear, "unpack") else KINDS[kind][1](shape, **held)
 
 
 class QuantisedLinear(nn.Linear):
@@ -154,7 +160,8 @@ class QuantisedLinear(nn.Linear):
     @property
     def weight(self):
         """The weight that the codes stand for: (O, C), in the dtype of the model, without gradient; a new tensor."""
-        return KINDS[self.kind][1]((self.out_features, self.in_features), **self.encoded()).to(self.like.dtype)
+        shape = self.out_features, self.in_features
+        return _decode(self.linear, self.kind, shape, self.encoded()).to(self.like.dtype)
 
     def encoded(self):
         """{name: tensor} of codes and constants, as its encode function gave them: views, no copies."""
@@ -198,17 +205,16 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, linear, how, dynamic, names, *held):
         ctx.save_for_backward(*held)
-        ctx.how, ctx.names = how, names
+        ctx.linear, ctx.how, ctx.names = linear, how, names
         return linear(x, *how, bias, dynamic, **dict(zip(names, held, strict=True)))
 
     @staticmethod
     def backward(ctx, grad):  # (..., O)
-        to_x, to_bias, (kind, shape, dtype) = None, None, ctx.how
+        to_x, (kind, shape, dtype) = None, ctx.how
         if ctx.needs_input_grad[0]:
-            W = KINDS[kind][1](shape, **dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
+            W = _decode(ctx.linear, kind, shape, dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
             to_x = grad @ W.to(dtype).to(grad.dtype)  # (..., O) x (O, C) -> (..., C)
-        if ctx.needs_input_grad[1]:
-            to_bias = grad.reshape(-1, grad.shape[-1]).sum(0)  # (O,)
+        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None  # (O,)
         return to_x, to_bias, *[None] * (4 + len(ctx.saved_tensors))
 
 
@@ -324,14 +330,10 @@ def _one_of(names):
 
 
 if __name__ == "__main__":
-    import copy
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print("levels:", " ".join(f"{x:.3f}" for x in LEVELS.tolist()))
     plain = nn.Sequential(nn.Linear(512, 1024), nn.GELU(), nn.Linear(1024, 512)).requires_grad_(False)
-    for layer in (plain[0], plain[2]):
-        nn.init.normal_(layer.weight, std=0.02)
+    plain[0].weight.data.normal_(0, 0.02), plain[2].weight.data.normal_(0, 0.02)
     weights, x = 2 * 512 * 1024, torch.randn(64, 512)
     print(f"float32  {memory(plain):9,} bytes")
     for kind in KINDS:
@@ -341,10 +343,8 @@ if __name__ == "__main__":
         off = (model[0].weight - plain[0].weight).norm() / plain[0].weight.norm()
         y = ((model(x) - plain(x)).norm() / plain(x).norm()).item()
         print(f"{kind:7}  {memory(model):9,} bytes, {bits:.3f} bits a weight: W is off by {off:.2%}, y by {y:.2%}")
-    W4 = model[0].weight
-    kept = []
+    W4, kept = model[0].weight, []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
         (y := model[0](x.requires_grad_())).sum().backward()
         exact = torch.equal(x.grad, torch.ones_like(y) @ W4)
-        F.linear(x, W4.clone()).sum()
-    print(f"kept for the backward pass: {sum(kept[:-1]):,} bytes, W would be {kept[-1]:,}; gradient exact: {exact}")
+    print(f"kept for the backward pass: {sum(kept):,} bytes, W would be {W4.nbytes:,}; gradient exact: {exact}")
