@@ -18,10 +18,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minimal import adapter, adversarial, fused_linear, gguf_format, gguf_llama, lora, prefix, prompt, quant, surgical
+from minimal import (
+    adapter,
+    adversarial,
+    fused,
+    fused_linear,
+    gguf_format,
+    gguf_llama,
+    lora,
+    prefix,
+    prompt,
+    quant,
+    surgical,
+)
 from minimal.attention import attention
 from minimal.bert import ARCHITECTURES, BERT, BERTConfig
 from minimal.checkpoint import write_beside
+from minimal.decoder import Decoder
 from minimal.distill import distillation_loss, skip_layers
 from minimal.gpt import GPT, GPTConfig
 from minimal.lean import make_lean
@@ -363,6 +376,22 @@ def fused_product(x, kind, shape, dtype, bias, dynamic, **held):
 
 
 fused_product.unpack = fused_linear.unpack
+
+
+def decoder(model, kind="none"):
+    """What text is written with: a Llama in few operations, its weights in float32, "int8" or "int4" (and activations
+    in 8 bits); of other models, devices and kinds, and with adapters in it, the model itself, quantised if asked."""
+    fits = isinstance(model, Llama) and {p.dtype for p in model.parameters()} == {torch.float32} and kind != "nf4"
+    if not fits or model.lm_head.weight.device.type != "cpu" or any(m._forward_hooks for m in model.modules()):
+        if kind != "none":
+            quant.quantise(model, kind, linear=fused_product)
+        return model
+
+    def product(W):
+        held = {"weight": W.detach()} if kind == "none" else quant.KINDS[kind][0](W.detach())
+        return fused_linear.Product("float32" if kind == "none" else kind, W.shape, **held)
+
+    return Decoder(model, product, fused.attention, fused_linear.llama_block if fused_linear.available() else None)
 
 
 def spare(s, model):

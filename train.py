@@ -196,7 +196,8 @@ class Settings:
     lora_dropout: float = setting(0.0, (float, 0, 1), "LoRA: dropout before A; an adapter this small seldom overfits")
     target: str = setting("all-linear", str, "LoRA: layers by name, suffix, list, expression; or all-linear")
     lora_plus: float = setting(1.0, (float, 1), "LoRA: B learns so many times as fast as A (LoRA+, where it is 16)")
-    quantise_base: str = setting("none", ["none", *quant.KINDS], "LoRA: the frozen base in 4 bits (nf4: QLoRA) or 8")
+    quantise_base: str = setting("none", ["none", *quant.KINDS], "LoRA: the frozen base in 4 bits (nf4: QLoRA) or 8; "
+                             "--sample, --chat: the model so, int4 and int8 several times as fast")  # fmt: skip
     rslora: bool = setting(False, bool, "LoRA: scale by alpha / sqrt(rank), steadier at high ranks")
     dora: bool = setting(False, bool, "LoRA: learn direction and magnitude apart (DoRA)")
     bottleneck: int = setting(32, (int, 1), "adapter: width between the two projections")
@@ -863,7 +864,7 @@ def main(argv=None):
     s, given, (action, value) = parse(Settings, argv, ACTIONS, "train.py", __doc__.split("In order:")[0])
     try:
         if action != "--resume":
-            check_options(s, given)
+            check_options(s, given - {"quantise_base"} if action in ("--sample", "--chat") else given)
         if action in ("--sample", "--chat", "--eval", "--merge", "--export"):
             s.task = s.task or ("classify" if "shots" in given else None)
             labelled = s.task == "classify"

@@ -28,7 +28,7 @@ from minimal.likelihood import choose_examples, classify
 from minimal.lora import merge_lora
 from minimal.runs import read_json, write_json
 from minimal.settings import flag
-from models import base_of, identity_of, load_model, note_of, save_tokenizer
+from models import base_of, decoder, identity_of, load_model, note_of, save_tokenizer
 from tasks import (
     SOURCES,
     Chats,
@@ -102,6 +102,7 @@ def write_text(action, s, folder, model, tokenizer, prompt):
                 raise ValueError(f"--sample {prompt!r:.60}: wanted a question that ends in '?' and, after it, a text")
             row = {"question": question + mark, "context": context.strip()}
         return print(show(s.task, row, *predict(s, model, tokenizer, [row])))
+    model = decoder(model, s.quantise_base)
     if s.task == "chat" or (tokenizer.chat_template and action == "--chat"):
         return converse(s, folder, model, tokenizer, prompt)
     if action == "--chat":

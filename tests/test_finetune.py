@@ -16,6 +16,7 @@ from test_train import TINY, fails, folder, interrupt_at, lines, pretrain  # noq
 import models
 import tasks
 import train
+import uses
 from minimal import features, gguf_format
 
 WORDS = "red blue green black white amber coral ivory lilac ochre".split()
@@ -875,3 +876,28 @@ def test_a_classifier_that_peft_made_is_opened(capsys):
 def test_shots_of_a_model_that_reads_no_prompt(capsys):
     train.main([*TINY, "--task", "classify", "--data", write("rows.jsonl", ROWS), "--out", "out/bert", "--steps", "1"])
     fails(["--base", "out/bert", "--eval", "--shots", "2"], capsys, "--shots 2", "is a bert")
+
+
+def test_a_llama_writes_with_weights_in_few_bits(capsys):
+    """--sample and --chat of a Llama take decoder.py: the same text, and with --quantise-base another's weights."""
+    flags = [*TINY, "--seq-len", "64", "--model", "llama", "--data", chats(), "--steps", "2"]
+    train.main([*flags, "--out", "out/llama"])
+    capsys.readouterr()
+
+    def says(*more):
+        train.main(["--base", "out/llama", "--task", "lm", "--sample", "What", "--temperature", "0", *more])
+        return capsys.readouterr().out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uses, "decoder", lambda model, kind: model)
+        slow = says()
+    assert says() == slow and len(slow) > 10
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        plain = models.Decoder
+        patch.setattr(models, "Decoder", lambda *args: taken.append(plain(*args)) or taken[-1])
+        for kind in ("int8", "int4"):
+            assert says("--quantise-base", kind).startswith("What")
+    assert [d.head.how[0] for d in taken] == ["int8", "int4"]
+    assert says("--quantise-base", "nf4").startswith("What")
+    fails(["--base", "out/llama", "--eval", "--quantise-base", "int4"], capsys, "--quantise-base int4")
