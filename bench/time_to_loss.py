@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: MIT
+"""Seconds to a loss, beside transformers: `python bench/time_to_loss.py --data tinyshakespeare.txt` (pip install
+transformers).
+
+The text is Tiny Shakespeare, 1,115,394 characters, each a token; the first 90 % train, the last 10 % validate. Wanted:
+a mean of at most 1.88 nats a character on all of the last 10 %. The clock runs from the start of the process to the
+result of the evaluation that passes: Python, imports, reading and encoding the text, training, that evaluation.
+
+Rules, for both sides
+    The last 10 % is read for its loss and for nothing else: no training on it, no choice of a checkpoint by it.
+    At most 0.81 M parameters, tables included, and nothing else that holds what was learnt: no counts, no cache.
+    Each prediction sees at most 64 characters, in training and in the evaluation, where windows do not overlap: the
+    first character of one is predicted from one character. All are scored, as is the shorter window at the end.
+    The number of steps is fixed beforehand and there is one evaluation, after the last; a seed that misses is a miss.
+
+    theirs    GPT2LMHeadModel, 4 blocks, 4 heads, width 128, no dropout, eager; AdamW, 2,000 steps of 12 x 64, a rate
+              of 1e-3 down to 1e-4 by a cosine after 100 steps of warm-up, betas 0.9 and 0.99, decay 0.1 of matrices,
+              gradients clipped at 1: what a well-known small trainer recommends for this text on a CPU. It ends near
+              1.88, on either side of it: its time is that of the whole run.
+    ours      `Quick` below, one attention between two MLPs over the characters just read, with minimal.fused's attention
+              and minimal.optim's Muon: 200 steps of 12 x 64.
+
+The sides take turns, each run a process of its own, one seed after another. The ratio is theirs over ours for each
+seed, and its median. Prints a table, writes bench/time_to_loss.json; takes about two minutes a seed.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from minimal.fused import attention  # noqa: E402
+from minimal.optim import Muon, muon_groups  # noqa: E402
+
+TARGET, CONTEXT, MOST = 1.88, 64, 810_000
+STEPS, WARMUP = 200, 10  # ours
+SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+
+
+def read(path):
+    """The text as int64 ids of its characters, in the order of their codes: (training ids, validation ids, V)."""
+    codes = torch.frombuffer(bytearray(path.read_text(encoding="utf-8").encode("utf-32-le")), dtype=torch.int32)
+    letters, ids = codes.unique(return_inverse=True)
+    cut = int(0.9 * len(ids))
+    return ids[:cut], ids[cut:], len(letters)
+
+
+def windows(ids, size):
+    """ids (N,) -> inputs and targets: up to `size` windows at a time, then what is left over as one shorter window."""
+    whole = (len(ids) - 1) // CONTEXT * CONTEXT
+    rows = [(ids[a:b].view(-1, min(b - a, CONTEXT)), ids[a + 1 : b + 1].view(-1, min(b - a, CONTEXT)))
+            for a in range(0, whole, size * CONTEXT) for b in [min(a + size * CONTEXT, whole)]]  # fmt: skip
+    rest = len(ids) - 1 - whole
+    return rows + [(ids[whole:-1][None], ids[whole + 1 :][None])] if rest else rows
+
+
+def validate(logits, ids):
+    """Mean of -ln p(next character) over ids, in windows that do not overlap; logits: of ids (B, T) -> (B, T, V)."""
+    total = 0.0
+    with torch.no_grad():
+        for x, y in windows(ids, 64):
+            total += F.cross_entropy(logits(x).flatten(0, 1), y.flatten(), reduction="sum").item()
+    return total / (len(ids) - 1)
+
+
+def theirs(text, seed):
+    from transformers import GPT2Config, GPT2LMHeadModel, logging
+
+    logging.set_verbosity_error()
+    train, held_out, V = read(text)
+    torch.manual_seed(seed)
+    off = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=CONTEXT, n_embd=128, n_layer=4, n_head=4, **off))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=0.1), dict(params=others, weight_decay=0.0)]
+    optimiser = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+    rows, steps = train.unfold(0, CONTEXT + 1, 1), 2000
+    model.train()
+    for step in range(steps):
+        decay = 0.5 * (1 + math.cos(math.pi * (step - 100) / (steps - 100)))
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-3 * (step + 1) / 101 if step < 100 else 1e-4 + 9e-4 * decay
+        row = rows[torch.randint(len(rows), (12,))]  # (12, 65)
+        logits = model(input_ids=row[:, :-1]).logits
+        F.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+    return model, lambda x: model(input_ids=x).logits, held_out, steps * 12 * CONTEXT
+
+
+class Embedding(nn.Embedding):
+    """A character and the NEAR before it, each by a table of its own, summed: what n-grams know, before any attention.
+
+    It is a causal convolution of one-hot vectors, so the first MLP sees which characters met. `weight`, the table of
+    the character itself, is the head too; the others start from 0, and before a window there is nothing."""
+
+    def __init__(self, V, C, near):
+        super().__init__(V, C)
+        self.before = nn.ModuleList(nn.Embedding(V + 1, C) for _ in range(near))
+        nn.init.normal_(self.weight, std=0.02)
+        for table in self.before:
+            nn.init.zeros_(table.weight)
+
+    def forward(self, ids):  # (B, T) -> (B, T, C)
+        x, V = super().forward(ids), self.num_embeddings
+        for n, table in enumerate(self.before, 1):
+            x = x + table(F.pad(ids, (n, 0), value=V)[:, :-n])
+        return x
+
+
+class MLP(nn.Module):
+    """ReLU(x W_1)^2 W_2 (So et al. 2021, "Primer", arXiv 2109.08668)."""
+
+    def __init__(self, C, width):
+        super().__init__()
+        self.norm, self.up = nn.RMSNorm(C, 1e-6), nn.Linear(C, width, bias=False)
+        self.down = nn.Linear(width, C, bias=False)
+
+    def forward(self, x):
+        x = F.relu(self.up(self.norm(x)))
+        return self.down(x * x)
+
+
+class Attention(nn.Module):
+    """Causal, with rotary positions, which minimal.fused applies."""
+
+    def __init__(self, C, H):
+        super().__init__()
+        self.norm, self.H = nn.RMSNorm(C, 1e-6), H
+        self.qkv, self.out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
+        angle = torch.arange(CONTEXT)[:, None] * 10000.0 ** (-torch.arange(0, C // H, 2) / (C // H))  # (T, D/2)
+        self.cos, self.sin = angle.cos(), angle.sin()
+
+    def forward(self, x):
+        T = x.shape[1]
+        q, k, v = self.qkv(self.norm(x)).unflatten(2, (3, self.H, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        y = attention(q, k, v, causal=True, rotary=(self.cos[:T], self.sin[:T]))  # (B, H, T, D)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+class Quick(nn.Module):
+    """MLP, attention, MLP: the first MLP comes before the attention, which then looks for n-grams, not for letters."""
+
+    def __init__(self, V, C=128, H=4, width=512, near=3):
+        super().__init__()
+        self.embedding, self.norm = Embedding(V, C, near), nn.RMSNorm(C, 1e-6)
+        self.layers = nn.ModuleList([MLP(C, width), Attention(C, H), MLP(C, width)])
+        for name, p in self.layers.named_parameters():
+            if p.dim() == 2:  # a branch adds nothing at first: the gradient meets the layers one after another
+                nn.init.zeros_(p) if name.endswith(("down.weight", "out.weight")) else nn.init.normal_(p, std=C**-0.5)
+
+    def forward(self, ids):
+        """Logits (B, T, V) for the character after each of ids, int64 (B, T)."""
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return F.linear(self.norm(x), self.embedding.weight)
+
+
+def ours(text, seed):
+    train, held_out, V = read(text)
+    torch.manual_seed(seed)
+    model = Quick(V)
+    optimiser = Muon(muon_groups(model, weight_decay=0.1))
+    rows = train.unfold(0, CONTEXT + 1, 1)  # every window of the text, (N - 64, 65), without a copy
+    for step in range(STEPS):
+        factor = min((step + 1) / (WARMUP + 1), (STEPS - step) / (STEPS - WARMUP))  # up, then in a line down to 0
+        for group in optimiser.param_groups:
+            group["lr"] = factor * (0.007 if group["use_muon"] else 0.004)
+        row = rows[torch.randint(len(rows), (12,))]  # (12, 65)
+        F.cross_entropy(model(row[:, :-1]).flatten(0, 1), row[:, 1:].flatten()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        model.zero_grad(set_to_none=True)
+    return model, model, held_out, STEPS * 12 * CONTEXT
+
+
+def run(side, text, seed):
+    """One side, in this process, which the caller has just started: prints one line of JSON."""
+    model, logits, held_out, tokens = {"ours": ours, "theirs": theirs}[side](text, seed)
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters > MOST:
+        raise ValueError(f"{side}: {parameters:,} parameters; wanted at most {MOST:,}")
+    print(json.dumps(dict(loss=validate(logits, held_out), tokens=tokens, parameters=parameters)), flush=True)
+
+
+def timed(side, text, seed, threads):
+    """A process of its own: its result, with the wall-clock seconds from before its start to the line it printed."""
+    command = [sys.executable, __file__, "--data", str(text), "--run", side, "--seeds", str(seed)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        line = process.stdout.readline()
+        seconds = time.perf_counter() - started
+    if process.returncode:
+        raise SystemExit(f"{side} with seed {seed} ended with exit status {process.returncode}")
+    return json.loads(line) | {"seconds": seconds}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=pathlib.Path, required=True, help=f"the text, which is at {SOURCE}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--run", choices=["ours", "theirs"], help="one side, here, with the first seed; prints JSON")
+    args = parser.parse_args()
+    if not args.data.is_file():
+        parser.error(f"--data {args.data}: no such file; wanted Tiny Shakespeare, which is at {SOURCE}")
+    if args.run:
+        return run(args.run, args.data, args.seeds[0])
+    print(f"{args.threads} threads; seconds from process start to a validation loss of at most {TARGET}")
+    print(f"{'seed':>6} {'ours s':>8} {'loss':>7} {'theirs s':>9} {'loss':>7} {'ratio':>6}")
+    rows = []
+    for seed in args.seeds:
+        row = {side: timed(side, args.data, seed, args.threads) for side in ("ours", "theirs")}
+        a, b = row["ours"], row["theirs"]
+        rows.append(dict(seed=seed, ratio=b["seconds"] / a["seconds"], passed=a["loss"] <= TARGET, **row))
+        missed = "" if a["loss"] <= TARGET else "   ours missed"
+        print(f"{seed:6} {a['seconds']:8.1f} {a['loss']:7.4f} {b['seconds']:9.1f} {b['loss']:7.4f} "
+              f"{rows[-1]['ratio']:6.1f}{missed}", flush=True)  # fmt: skip
+    ratio = statistics.median(r["ratio"] for r in rows)
+    print(f"median ratio {ratio:.1f}; ours passed with {sum(r['passed'] for r in rows)} of {len(rows)} seeds")
+    path = ROOT / "bench" / "time_to_loss.json"
+    result = dict(threads=args.threads, target=TARGET, ratio=ratio, rows=rows)
+    path.with_suffix(".json.tmp").write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(path.with_suffix(".json.tmp"), path)
+
+
+if __name__ == "__main__":
+    main()
