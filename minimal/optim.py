@@ -36,6 +36,9 @@ import numbers
 import torch
 from torch import Tensor, nn
 
+# Without PyTorch's wrapper, whose first call imports torch._dynamo: that takes half as long as importing torch itself.
+_add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+
 
 def _check(name: str, group: dict) -> None:
     """Refuses, in one line, settings that would silently diverge, and parameters that these formulas do not serve."""
@@ -72,7 +75,7 @@ class SGD(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay))
 
     def add_param_group(self, group):
-        super().add_param_group(group)
+        _add_param_group(self, group)
         _check("SGD", self.param_groups[-1])
         if self.param_groups[-1]["nesterov"] and not self.param_groups[-1]["momentum"]:
             raise ValueError("SGD: nesterov=True needs momentum > 0, got momentum=0")
@@ -127,7 +130,7 @@ class Adam(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def add_param_group(self, group):
-        super().add_param_group(group)
+        _add_param_group(self, group)
         _check(type(self).__name__, self.param_groups[-1])
 
     @torch.no_grad()
@@ -189,7 +192,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, group):
-        super().add_param_group(group)
+        _add_param_group(self, group)
         _check("Muon", self.param_groups[-1])
         for p in self.param_groups[-1]["params"]:
             if self.param_groups[-1]["use_muon"] and p.ndim != 2:
@@ -287,7 +290,6 @@ def transformer_schedule(step: int, d_model: int, warmup: int) -> float:
 def _demo() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-
     print("1. A bowl 1,000 times steeper one way than another: the part of the loss left after 300 steps")
     n, kappa, root = 20, 1000.0, math.sqrt(1000.0)
     curvature, axes = torch.logspace(0, 3, n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
@@ -315,14 +317,12 @@ def _demo() -> None:
             w.grad = torch.tensor([1.0, 100.0]) * (-1) ** i
             optimizer.step()
         print(f"   {make.__name__:14}{w[0].item():.3f} and {w[1].item():.3f}")
-
     scale = 1 / torch.arange(1, 33)
     mix, teacher = torch.linalg.qr(torch.randn(32, 32))[0], torch.randn(32, 8) / 32**0.5
 
     def batch(n):
         z = torch.randn(n, 32)
         return z * scale / scale.square().mean().sqrt() @ mix, torch.sin(2 * z @ teacher)
-
     print(f"3. Inputs of unequal scale, 32 -> 64 -> 64 -> 8, 300 steps; guessing 0 costs {batch(9999)[1].var():.3f}")
     for name, rates, make in (
         ("SGD, momentum", (0.1, 0.3, 1.0), lambda model: SGD(decay_groups(model, 0.0), momentum=0.9)),
