@@ -12,11 +12,11 @@ as they come (sec. 3.1.2; Jacob et al. 2018, arXiv 1712.05877). A weight W (O, C
           a_b ~ mean + t_g p_b,  p_b in -127..127,  t_g = max_b |a_b - mean| / 127 of 256 blocks
 
 q is the nearest to W, given the constants as they will be read back. int4 is the layout of GGUF's Q4_1: what came from
-such a file is kept without loss. A symmetric int4 (m = -8 s) is a choice of grid, and saves nothing here. L are 16
-levels, at equal steps of probability under a normal distribution (QLoRA, sec. 3), for weights are close to normal:
-nf4_levels() derives them. A layer computes x W^T + b with the W that its codes stand for, made anew in the forward pass
-and again in the backward pass: only codes are kept between. `dynamic` rounds x too: to 8 bits with one scale per row
-(int8) or per 32 columns (int4).
+such a file is kept without loss. A symmetric int4 (m = -8 s) is a worse grid, and saves nothing. L are 16 levels, at
+equal steps of probability under a normal distribution (QLoRA, sec. 3), for weights are close to normal: nf4_levels()
+derives them. A layer computes x W^T + b with the W that its codes stand for, made anew in the forward pass and again in
+the backward pass: only codes are kept between. `dynamic` rounds x too, to 8 bits: True with one scale for a row of x
+(int8) or 32 columns of it (int4), 32 with one for 32 columns in any case, which costs int8 much less.
 
 Departures: the a_b are rounded to 8-bit integers (the authors round them to 8-bit floats). A last block that is not
 full is filled with zeros.
@@ -129,9 +129,8 @@ def _absmax(rounded, scale, mean):  # (n,); rounding must not make a tiny one ne
 KINDS = {"int8": (encode_int8, decode_int8), "int4": (encode_int4, decode_int4), "nf4": (encode_nf4, decode_nf4)}
 
 
-def round_activations(x, kind):
-    """x (..., C) as `dynamic` sees it: 8 bits, with one scale max |x| / 127 per row (int8) or per 32 columns (int4)."""
-    n = x.shape[-1] if kind == "int8" else 32
+def round_activations(x, n):
+    """x (..., C) in 8 bits, with one scale max |x| / 127 for n columns of a row."""
     groups = F.pad(x.float(), (0, -x.shape[-1] % n)).unflatten(-1, (-1, n))  # (..., C / n, n)
     scale = groups.abs().amax(-1, keepdim=True) / 127  # (..., C / n, 1)
     return ((groups / scale.clamp_min(_TINY)).round() * scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
@@ -143,7 +142,7 @@ def torch_linear(x, kind, shape, dtype, bias, dynamic, **held):
     held: the codes and constants of that kind, as its encode function gives them. The default `linear`: a fused product
     of these arguments may take its place. It needs no gradient of its own, and gets none. If it has an attribute
     `unpack`, called with kind, shape and held, then that gives W wherever it is wanted."""
-    x = round_activations(x, kind) if dynamic else x
+    x = round_activations(x, 32 if kind == "int4" or dynamic == 32 else shape[1]) if dynamic else x
     return F.linear(x, KINDS[kind][1](shape, **held).to(dtype), bias)  # (..., C) x (O, C) -> (..., O)
 
 
@@ -178,7 +177,7 @@ class QuantisedLinear(nn.Linear):
         return self.linear(x, *how, self.bias, self.dynamic, **self.encoded())
 
     def extra_repr(self):
-        return f"{super().extra_repr()}, kind={self.kind}{', dynamic' * self.dynamic}"
+        return f"{super().extra_repr()}, kind={self.kind}{', dynamic' * bool(self.dynamic)}"
 
 
 class QuantisedEmbedding(nn.Embedding):
@@ -226,18 +225,20 @@ def quantise(model, kind=None, bits=None, *, skip=(), head=None, dynamic=False, 
     kind: "nf4" (the default), "int8" or "int4"; or bits: 8 or 4, for the latter two. Left out are embeddings, a weight
     that is shared (tied), what get_output_embeddings() gives, all that is called lm_head, head, classifier, score,
     qa_outputs or seq_relationship, subclasses of nn.Linear (and transformers' Conv1D), and what `skip` names: names of
-    layers or their ends ("c_proj", "mlp.c_proj").
-    head: "int8" or "int4" for the heads among these, too, and for embeddings that one is tied to (they stay tied).
-    dynamic: activations in 8 bits. linear: computes the products, see torch_linear; it is in no state_dict. grid: the
-    range of int8 and int4, see minmax. codes: {name: what an encode function gives} of layers that are encoded already.
-    ValueError, and nothing has changed: an unknown kind, no layer to quantise, a skip that matches nothing, weights
-    that are not finite (or too large for float16), merged adapters, codes that do not fit."""
+    layers or their ends ("c_proj", "mlp.c_proj"). head: "int8" or "int4" for the heads among these, too, and for
+    embeddings that one is tied to (they stay tied).
+    dynamic: activations in 8 bits, False, True or 32, see above. linear: computes the products, see torch_linear; it is
+    in no state_dict. grid: the range of int8 and int4, see minmax. codes: {name: what an encode function gives} of
+    layers that are encoded already. ValueError, and nothing has changed: an unknown kind, no layer to quantise, a skip
+    that matches nothing, weights that are not finite (or too large for float16), merged adapters, unfit codes."""
     if bits not in (None, 4, 8) or None not in (kind, bits):
         raise ValueError(f"bits={bits!r} beside kind={kind!r}; wanted one of the two, and bits 4 or 8")
     kind, codes = kind or ("nf4" if bits is None else f"int{bits}"), dict(codes or {})
     for name, value, known in (("kind", kind, KINDS), ("head", head or "int8", ("int8", "int4"))):
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; wanted one of: {', '.join(known)}")
+    if dynamic not in (False, True, 32):
+        raise ValueError(f"dynamic={dynamic!r} is unknown; wanted False, True or 32")
     if kind == "nf4" and (dynamic or grid is not minmax or codes):
         raise ValueError("kind='nf4' beside dynamic, grid or codes; wanted kind int8 or int4 for these")
     linears = {_plain(n): m for n, m in model.named_modules() if type(m) is nn.Linear and "weight" in m._parameters}
@@ -260,8 +261,8 @@ def quantise(model, kind=None, bits=None, *, skip=(), head=None, dynamic=False, 
             tops[n] = head
     kinds = body | tops
     if not kinds or head and not tops:
-        lacks = "no head" if kinds else "no nn.Linear"
-        raise ValueError(f"model={type(model).__name__} has {lacks} to quantise; wanted one that is not left out")
+        what = f"model={type(model).__name__} has no {'head' if kinds else 'nn.Linear'} to quantise"
+        raise ValueError(f"{what}; wanted one that is not left out")
     if unknown := codes.keys() - kinds.keys():
         raise ValueError(f"codes={min(unknown)!r} is no layer to quantise; wanted some of: {_one_of(kinds)}")
     for name, of in kinds.items():
@@ -288,9 +289,8 @@ def quantise(model, kind=None, bits=None, *, skip=(), head=None, dynamic=False, 
         layer.__class__, layer.kind, layer.held = QuantisedLinear, of, tuple(held)
         layer.linear, layer.dynamic = linear, dynamic
         layer.register_buffer("like", like, persistent=False)
-        for key, t in held.items():
-            t = t.clone()  # the part of a padded tensor would keep all of it alive
-            layer.register_buffer(key, t.view({4: torch.int32, 2: torch.int16}.get(t.element_size(), t.dtype)))
+        for key, t in held.items():  # copied: the part of a padded tensor would keep all of it alive
+            layer.register_buffer(key, t.clone().view({4: torch.int32, 2: torch.int16}.get(t.element_size(), t.dtype)))
     return list(kinds)
 
 
