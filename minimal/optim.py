@@ -34,10 +34,11 @@ import math
 import numbers
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
-# Without PyTorch's wrapper, whose first call imports torch._dynamo: that takes half as long as importing torch itself.
-_add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+# PyTorch's class without the wrappers whose first call imports torch._dynamo, half as long as importing torch itself.
+_WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+_Optimizer = type("_Optimizer", (optim.Optimizer,), {f: getattr(optim.Optimizer, f).__wrapped__ for f in _WRAPPED})
 
 
 def _check(name: str, group: dict) -> None:
@@ -63,7 +64,7 @@ def _with_grad(name: str, group: dict) -> list[Tensor]:
     return params
 
 
-class SGD(torch.optim.Optimizer):
+class SGD(_Optimizer):
     """Gradient descent with momentum. `nesterov` takes the gradient's step from where momentum is about to carry us.
 
     weight_decay is an L2 penalty in the gradient, as in torch.optim.SGD (without momentum the same as decoupled decay).
@@ -75,7 +76,7 @@ class SGD(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay))
 
     def add_param_group(self, group):
-        _add_param_group(self, group)
+        super().add_param_group(group)
         _check("SGD", self.param_groups[-1])
         if self.param_groups[-1]["nesterov"] and not self.param_groups[-1]["momentum"]:
             raise ValueError("SGD: nesterov=True needs momentum > 0, got momentum=0")
@@ -116,7 +117,7 @@ def _adam(p: Tensor, state: dict, group: dict, decoupled: bool) -> None:
     p.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**t))
 
 
-class Adam(torch.optim.Optimizer):
+class Adam(_Optimizer):
     """Adam. weight_decay is an L2 penalty in the gradient, hence divided by sqrt(v^) as well: see AdamW.
 
     State of a parameter: "step" (int), "exp_avg" and "exp_avg_sq" (its shape and dtype; so keep trained weights in
@@ -130,7 +131,7 @@ class Adam(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def add_param_group(self, group):
-        _add_param_group(self, group)
+        super().add_param_group(group)
         _check(type(self).__name__, self.param_groups[-1])
 
     @torch.no_grad()
@@ -175,7 +176,7 @@ def orthogonalise(G: Tensor) -> Tensor:
     return X.T if tall else X  # (out, in)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(_Optimizer):
     """Muon for the matrices of the hidden layers, AdamW for all else, in one object: use it with `muon_groups`.
 
     A group with use_muon=True holds matrices (out, in); one with use_muon=False is AdamW's, with its betas and eps.
@@ -192,7 +193,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, group):
-        _add_param_group(self, group)
+        super().add_param_group(group)
         _check("Muon", self.param_groups[-1])
         for p in self.param_groups[-1]["params"]:
             if self.param_groups[-1]["use_muon"] and p.ndim != 2:
@@ -309,7 +310,6 @@ def _demo() -> None:
                 optimizer.step()
             left.append(0.5 * (x @ H @ x).item())
         print(f"   {name:14}{left[0]:8.1e} along the axes, {left[1]:8.1e} rotated")
-
     print("2. Decay 0.1 of two weights 1 with gradients of +-1 and +-100, after 1,000 steps of 1e-3; e^-0.1 is 0.905")
     for make in (AdamW, Adam):
         optimizer = make([w := nn.Parameter(torch.ones(2))], weight_decay=0.1)
@@ -317,12 +317,12 @@ def _demo() -> None:
             w.grad = torch.tensor([1.0, 100.0]) * (-1) ** i
             optimizer.step()
         print(f"   {make.__name__:14}{w[0].item():.3f} and {w[1].item():.3f}")
-    scale = 1 / torch.arange(1, 33)
-    mix, teacher = torch.linalg.qr(torch.randn(32, 32))[0], torch.randn(32, 8) / 32**0.5
+    mix, teacher, scale = torch.linalg.qr(torch.randn(32, 32))[0], torch.randn(32, 8) / 32**0.5, 1 / torch.arange(1, 33)
 
     def batch(n):
         z = torch.randn(n, 32)
         return z * scale / scale.square().mean().sqrt() @ mix, torch.sin(2 * z @ teacher)
+
     print(f"3. Inputs of unequal scale, 32 -> 64 -> 64 -> 8, 300 steps; guessing 0 costs {batch(9999)[1].var():.3f}")
     for name, rates, make in (
         ("SGD, momentum", (0.1, 0.3, 1.0), lambda model: SGD(decay_groups(model, 0.0), momentum=0.9)),

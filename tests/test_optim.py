@@ -3,6 +3,9 @@
 
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -540,3 +543,22 @@ def test_complex_and_sparse_are_refused():
         table(torch.tensor([1])).sum().backward()
         with pytest.raises(ValueError, match=r"gradients must be dense, got torch.sparse_coo for shape \(4, 3\)$"):
             optimizer.step()
+
+
+def test_no_optimiser_imports_the_compiler():
+    """PyTorch's own do with their first parameters, which a script of seconds would wait for."""
+    code = """if True:
+        import sys, torch
+        from minimal.optim import SGD, Adam, AdamW, Muon
+        for make in SGD, Adam, AdamW, Muon:
+            p = torch.nn.Parameter(torch.ones(2, 2))
+            p.grad = torch.ones(2, 2)
+            optimizer = make([p], lr=0.1)
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.zero_grad()
+            assert p.grad is None and "torch._dynamo" not in sys.modules, make
+        torch.optim.SGD([p])
+        assert "torch._dynamo" in sys.modules, "PyTorch's no longer does: our wrapper can go"
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
