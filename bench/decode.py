@@ -182,8 +182,8 @@ def main():
         row["resident_mb"] = resident(side, args.threads)
         rows[side] = row
 
-        names = ("decode_per_s", "share_of_reading", "decode_over_transformers", "decode_over_llama.cpp", "prefill_per_s",
-                 "prefill_over_transformers", "prefill_over_llama.cpp", "resident_mb")  # fmt: skip
+        names = ("decode_per_s", "share_of_reading", "decode_over_transformers", "decode_over_llama.cpp",
+                 "prefill_per_s", "prefill_over_transformers", "prefill_over_llama.cpp", "resident_mb")  # fmt: skip
         shown = (f"{row[name]:14.2f}" if row.get(name) is not None else " " * 14 for name in names)
         print(f"{side:14}{''.join(shown)}", flush=True)
     path = ROOT / "bench" / "decode.json"
