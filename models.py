@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minimal import adapter, adversarial, gguf_format, gguf_llama, lora, prefix, prompt, quant, surgical
+from minimal import adapter, adversarial, fused_linear, gguf_format, gguf_llama, lora, prefix, prompt, quant, surgical
 from minimal.attention import attention
 from minimal.bert import ARCHITECTURES, BERT, BERTConfig
 from minimal.checkpoint import write_beside
@@ -211,8 +211,8 @@ def load_adapted(folder, what):
     model, tokenizer = load_model(base, f"the base of {folder},", task, labels)
     if run.get("base_sha256") and run["base_sha256"] != identity_of(base):
         raise ValueError(f"{what} {folder}: its base {base} has changed since the adapter was trained")
-    if kind := run.get("settings", {}).get("quantise"):
-        quant.quantise(model, kind)
+    if (kind := run.get("settings", {}).get("quantise_base", "none")) != "none":
+        quant.quantise(model, kind, linear=fused_product)
     load(model, folder)
     return model, load_tokenizer(folder) if (folder / "tokenizer.json").exists() else tokenizer
 
@@ -260,8 +260,8 @@ def adapt(s, model, data=None):
     if s.finetune in ADAPTERS and lacking:
         what = "has no head for masked words, which an adapter would leave random and unsaved"
         raise ValueError(f"--base {s.base}: {what}; wanted --finetune full, or another --task")
-    if s.quantise:
-        quant.quantise(model, s.quantise)
+    if s.quantise_base != "none":
+        quant.quantise(model, s.quantise_base, linear=fused_product)
     if s.finetune == "lora":
         target = s.target.split(",") if "," in s.target and "{" not in s.target else s.target
         try:
@@ -357,8 +357,16 @@ def optimizer_of(s, model):
     return AdamW(groups, lr=s.lr, betas=(0.9, 0.95)) if s.optimizer == "adamw" else SGD(groups, lr=s.lr, momentum=0.9)
 
 
+def fused_product(x, kind, shape, dtype, bias, dynamic, **held):
+    """What quantised layers multiply with: the kernels, or without them plain PyTorch; `unpack` gives the weight."""
+    return fused_linear.linear(x, kind, shape, bias, dynamic=dynamic, **held)
+
+
+fused_product.unpack = fused_linear.unpack
+
+
 def spare(s, model):
-    """Keeps less of the blocks for the backward pass: LoRA on a Llama by hand, else, where it is asked for, recomputed."""
+    """Less is kept for the backward pass: a Llama's LoRA goes by hand, other blocks are recomputed if asked."""
     lean_kind = isinstance(model, Llama) and s.finetune == "lora" and s.dtype == "float32"
     if lean_kind and not (s.dora or s.lora_dropout or s.dropout or s.compile):
         make_lean(model, s.recompute)

@@ -24,7 +24,7 @@ import sys
 
 from setuptools import setup
 
-SOURCES = ["csrc/ops.cpp", "csrc/softmax_cpu.cpp", "csrc/attention_cpu.cpp", "csrc/decode_cpu.cpp"]
+SOURCES = [f"csrc/{name}_cpu.cpp" for name in ("softmax", "attention", "decode", "linear", "block")] + ["csrc/ops.cpp"]
 WANTED = os.environ.get("MINIMAL_BUILD_EXTENSION", "auto")  # 0, 1 or auto
 CUDA = os.environ.get("MINIMAL_CUDA", "auto")  # 0, 1, auto or cross
 

@@ -37,11 +37,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 import torch
 from safetensors import SafetensorError
 
-from minimal import fused, runs
+from minimal import fused, quant, runs
 from minimal.chat import START, kind_of
 from minimal.checkpoint import load_checkpoint, save_checkpoint, write_beside
 from minimal.examples import FIELDS
+from minimal.microbatch import free_bytes, largest_microbatch, peak_bytes
 from minimal.optim import cosine_schedule
+from minimal.recompute import Meter, table
 from minimal.runs import newest, read_json, write_json
 from minimal.settings import converter, flag, parse, setting
 from models import (
@@ -194,7 +196,7 @@ class Settings:
     lora_dropout: float = setting(0.0, (float, 0, 1), "LoRA: dropout before A; an adapter this small seldom overfits")
     target: str = setting("all-linear", str, "LoRA: layers by name, suffix, list, expression; or all-linear")
     lora_plus: float = setting(1.0, (float, 1), "LoRA: B learns so many times as fast as A (LoRA+, where it is 16)")
-    quantise: str = setting(None, ["nf4", "int8"], "LoRA: the frozen base in 4 bits (QLoRA) or 8")
+    quantise_base: str = setting("none", ["none", *quant.KINDS], "LoRA: the frozen base in 4 bits (nf4: QLoRA) or 8")
     rslora: bool = setting(False, bool, "LoRA: scale by alpha / sqrt(rank), steadier at high ranks")
     dora: bool = setting(False, bool, "LoRA: learn direction and magnitude apart (DoRA)")
     bottleneck: int = setting(32, (int, 1), "adapter: width between the two projections")
@@ -209,7 +211,10 @@ class Settings:
     # optimisation
     steps: int = setting(None, (int, 1), "optimiser steps; by model and task, for about two minutes on two cores")
     batch_size: int = setting(None, (int, 1), "rows in a microbatch; by model and task, for two cores")
-    grad_accum: int = setting(1, (int, 1), "microbatches in a step; more when memory is short")
+    grad_accum: int = setting(1, ("auto", int, 1), "microbatches in a step. auto: --batch-size is then the rows of a "
+                          "step, in the largest microbatches that fit --memory")  # fmt: skip
+    memory: float = setting(None, (float, 1e-3), "--grad-accum auto: GB that the process may take, on a GPU what "
+                        "tensors take there; default: four fifths of what is free")  # fmt: skip
     seq_len: int = setting(None, (int, 1), "tokens in a row; by model and task (chat: 256), at most the base's "
                          "context")  # fmt: skip
     optimizer: str = setting(None, ["muon", "adamw", "sgd"], "muon pretrains in fewer steps, adamw adapts")
@@ -231,6 +236,8 @@ class Settings:
     dtype: str = setting(None, ["float32", "bfloat16", "float16"], "of the products; default: float32, GPU bfloat16")
     recompute: bool = setting(False, bool, "keep no activations inside the blocks: less memory, a third more time")
     compile: bool = setting(False, bool, "torch.compile the loss; its minute of compiling pays on long runs only")
+    profile: bool = setting(False, bool, "profile the third to fifth step: trace.json for Perfetto, the ten costliest "
+                        "operators, where the memory goes; then training goes on")  # fmt: skip
     threads: int = setting(None, (int, 1, 1025), "CPU threads; default PyTorch's choice")
     # output
     out: str = setting(None, str, "output folder; default out/MODEL, out/TASK or either with -METHOD")
@@ -249,8 +256,9 @@ class Settings:
 
 
 # What may change when a run is resumed: all that shapes neither the model nor the order of its data.
-CHANGEABLE = set("steps lr warmup weight_decay l1 clip patience device dtype recompute compile threads save_every "
-                 "eval_every sample_every log_every prompt temperature top_p new_tokens".split())  # fmt: skip
+CHANGEABLE = set("steps lr warmup weight_decay l1 clip patience device dtype recompute compile profile "
+                 "threads save_every eval_every sample_every log_every prompt temperature "
+                 "top_p new_tokens".split())  # fmt: skip
 
 
 ACTIONS = {  # instead of training; at most one
@@ -309,6 +317,8 @@ def complete(s):
         raise ValueError(
             f"--adversarial {s.adversarial}: acts by a hook, which --compile passes over; wanted one of them"
         )
+    if s.memory and s.grad_accum != "auto":
+        raise ValueError(f"--memory {s.memory:g}: is what --grad-accum auto may fill; wanted that beside it")
     if s.recompute and (s.model in ("rnn", "vae") or s.compile):
         beside = "--compile" if s.compile else f"--model {s.model}, which has no blocks"
         raise ValueError(f"--recompute: not beside {beside}; wanted one of them")
@@ -361,6 +371,29 @@ def complete(s):
     return s
 
 
+def split(s, model, loss, data):
+    """--grad-accum auto: -> (rows in a microbatch, microbatches in a step), measured on the largest of some batches."""
+    batch = max((data.batch(i) for i in range(16)), key=lambda batch: sum(t.numel() for t in batch.values()))
+    rows, random = s.batch_size, torch.get_rng_state()
+
+    def peak(r):
+        part = {name: t[: len(t) * r // rows] if len(t) >= rows else t for name, t in batch.items()}
+        needs = peak_bytes(lambda: loss_on(s, loss, part)[0].backward(), s.device)
+        model.zero_grad(set_to_none=True)
+        return needs + 8 * count(model)[1]  # and two numbers for each parameter that trains, in the optimiser
+
+    try:
+        budget = s.memory * 1e9 if s.memory else 0.8 * free_bytes(s.device)
+        each = largest_microbatch(peak, rows, budget)
+    except RuntimeError as error:
+        raise ValueError(f"--grad-accum auto: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"--memory {error}; wanted more, --recompute or a shorter --seq-len") from None
+    torch.set_rng_state(random)
+    print(f"microbatches: {rows // each} of {each} rows, for {budget / 1e9:.2f} GB")
+    return each, rows // each
+
+
 def run_of(folder):
     """The settings of the run that made a folder, or {}."""
     return note_of(folder).get("settings", {})
@@ -380,7 +413,6 @@ def fit(s, model, data, teacher, folder, resume, record):
     from tqdm import tqdm
 
     optimizer = optimizer_of(s, model)
-    spare(s, model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss, attack = objective(s, model, teacher, data), attack_of(s, model)
     loss = torch.compile(loss) if s.compile else loss
@@ -426,9 +458,11 @@ def fit(s, model, data, teacher, folder, resume, record):
     due = progress.pop("due", None)  # of a step, already taken, whose evaluation a signal has ended: what to log of it
     saved, (seen, busy), sound, told = None, due[2:] if due else (0, 0.0), True, time.perf_counter()
     last = resume == "unfinished" and progress.get("over") == s.steps  # patience has run out
+    first = progress["step"]
     model.train()
     with (
         runs.noted_signals() as signals,
+        runs.profiled(folder / "trace.json") if s.profile else contextlib.nullcontext(int) as profiled,
         tqdm(total=s.steps, initial=progress["step"], disable=None, unit="step") as bar,
     ):
         while progress["step"] < s.steps and not last:
@@ -437,8 +471,10 @@ def fit(s, model, data, teacher, folder, resume, record):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)  # LoRA+ has groups that learn faster
             total, terms = due[:2] if due else (0.0, 0)
+            meter = Meter(model) if s.profile and step == first else contextlib.nullcontext()
             for index in range(step * s.grad_accum, (step + 1) * s.grad_accum) if not due else ():
-                loss_sum, n = attack(functools.partial(backward, data.batch(index)))
+                with meter:
+                    loss_sum, n = attack(functools.partial(backward, data.batch(index)))
                 total, terms = total + float(loss_sum), terms + int(n)
             if terms and not due:  # with nothing to learn from, not even the decay is applied
                 scaler.unscale_(optimizer)
@@ -456,6 +492,8 @@ def fit(s, model, data, teacher, folder, resume, record):
                     saved = keep(saved)
                 scaler.step(optimizer)
                 scaler.update()
+                if s.profile and step == first:
+                    bar.write(f"memory of a step:\n{table(model, optimizer, meter)}")
             optimizer.zero_grad(set_to_none=True)
             progress["step"], last = step + 1, step + 1 == s.steps
             seen, busy, due = seen + terms, busy + time.perf_counter() - begun, None
@@ -500,6 +538,7 @@ def fit(s, model, data, teacher, folder, resume, record):
             if (step + 1) % s.sample_every == 0 and not last:
                 bar.write(f"--- step {step + 1}\n{sample(s, model, data, folder, f'step {step + 1}')}\n---")
             bar.update()
+            profiled()
             progress["over"] = s.steps if last else None
             if last or signals or (step + 1) % s.save_every == 0:
                 if signals and progress["best"] is None:
@@ -571,7 +610,7 @@ def find_base(s):
         new.out = str(root / folder_of(new))
         if s.model != "vae" and s.finetune in ("lora", "freeze"):  # what cannot be adapted is better known before
             with torch.device("meta"):
-                bare = dataclasses.replace(s, quantise=None)  # there is nothing to quantise on this device
+                bare = dataclasses.replace(s, quantise_base="none")  # there is nothing to quantise on this device
                 adapt(bare, new_model(dataclasses.replace(new, task=s.task), Blank(s.vocab_size)))
         unfinished = finished(s, "unfinished")
         then = f"going on with {unfinished}" if unfinished else f"training one first, into {new.out}"
@@ -656,6 +695,12 @@ def set_up(s, folder, resume=False):
     bare = evaluate(s, model.to(s.device), data) if begins and not getattr(model, "fresh", ()) else None
     adapt(s, model, data)
     model.to(s.device)
+    spare(s, model)
+    if s.grad_accum == "auto":
+        s.batch_size, s.grad_accum = split(s, model, objective(s, model, teacher, data), data)
+        s.memory = None  # a resumed run keeps the numbers
+        if s.task != "images":
+            data = load_data(s, folder / "state", data.tokenizer, known)
     every, trained = count(model)
     why = fused.why_not(*[torch.empty(1, 1, 1, 8, device=s.device, dtype=getattr(torch, s.dtype))] * 3)
     how = f"; attention: {f'plain PyTorch ({why})' if why else 'fused'}" if s.model not in ("vae", "rnn") else ""

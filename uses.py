@@ -423,13 +423,13 @@ def rows_of_batch(batch):
 
 
 METHODS = "full freeze surgical lora dora qlora adapter prefix prompt".split()  # of --finetune all
-FLAGS = {"dora": "lora --dora", "qlora": "lora --quantise nf4"}  # where the name is not what --finetune takes
+FLAGS = {"dora": "lora --dora", "qlora": "lora --quantise-base nf4"}  # where the name is not what --finetune takes
 OPTIONS = {  # settings of single methods: of which
     name: methods.split()
     for methods, names in {
         "freeze": "top",
         "surgical": "budget",
-        "lora": "rank alpha lora_dropout target lora_plus quantise rslora dora",
+        "lora": "rank alpha lora_dropout target lora_plus quantise_base rslora dora",
         "adapter": "bottleneck placement",
         "prefix": "prefix_hidden",
         "prefix prompt": "virtual_tokens",

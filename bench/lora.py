@@ -36,6 +36,7 @@ from minimal.attention import attention  # noqa: E402
 from minimal.gguf_llama import read_llama  # noqa: E402
 from minimal.llama import Llama  # noqa: E402
 from minimal.loss import linear_cross_entropy  # noqa: E402
+from models import fused_product  # noqa: E402
 
 SHAPES = {"2 x 256": (2, 256, 7), "4 x 512": (4, 512, 5)}  # (rows, tokens, rounds)
 SIDES = ("ours", "ours, 4 bits", "ours, 4 bits, recompute", "theirs")
@@ -52,17 +53,15 @@ def folder():
 def ours(side):
     model = Llama.from_tensors(*read_llama(folder() / FILE), attention=attention)
     if "4 bits" in side:
-        quant.quantise(model, "nf4")
+        quant.quantise(model, "nf4", linear=fused_product)
     lora.add_lora(model, rank=8, alpha=16)
     lean.make_lean(model.train(), recompute="recompute" in side)
     optimiser = torch.optim.AdamW(lora.lora_parameters(model), lr=1e-4, fused=True)
 
     def loss(ids):
-        total, count = linear_cross_entropy(*swap(model.states(ids)))
+        hidden, targets = model.states(ids)
+        total, count = linear_cross_entropy(hidden, model.lm_head.weight, targets)
         return total / count
-
-    def swap(states):  # (hidden, targets) -> what the chunked loss takes
-        return states[0], model.lm_head.weight, states[1]
 
     return optimiser, loss
 
@@ -127,9 +126,8 @@ def main():
         print(json.dumps([resident("VmHWM") - before, resident("VmHWM")]))
         return
     print(f"{args.threads} threads, torch {torch.__version__}, attention {fused.why_not() or 'fused'}")
-    print(
-        f"{'':36} {'seconds':>8} {'ratio':>6} {'MB above weights':>17} {'of theirs':>9} {'MB in all':>9} {'of theirs':>9}"
-    )
+    heads = {"seconds": 8, "ratio": 6, "MB above weights": 17, "of theirs": 9, "MB in all": 9, "of  theirs": 10}
+    print(" " * 36 + "".join(f" {name:>{width}}" for name, width in heads.items()))
     steps, rows = {side: stepper(side) for side in SIDES}, {}
     for shape, (*sizes, rounds) in SHAPES.items():
         batches = {side: tokens(side, *sizes) for side in SIDES}

@@ -5,7 +5,7 @@
 
 namespace minimal {
 
-enum class Type { f32, bf16, boolean, i32 };
+enum class Type { f32, bf16, boolean, i32, i8, u8, f16 };  // the kernels' read() and write() know the first three
 
 // A tensor of four dimensions. Strides count elements; 0 repeats (a broadcast mask). data == nullptr: absent.
 struct View {
@@ -46,6 +46,40 @@ void attention_backward(View dout, View q, View k, View v, View out, View lse, c
 // The same for a single query over long k and v, where all of the time is reading them (decode_cpu.cpp).
 bool decode_takes(const View& q, const View& k, const View& v, const Scores& scores);
 void decode_forward(View q, View k, View v, const Scores& scores, View out, View lse, Parallel parallel);
+
+// The weight W (O, C) of a linear layer, in few bits; all of it without gaps. Code j of a group stands for column j.
+enum class Kind { f32, bf16, int8, int4, nf4 };
+struct Weight {
+  Kind kind;
+  int64_t O, C;
+  const void* codes;        // f32, bf16: W itself; int8: (O, C); int4: (O, C/32, 16), columns j and j + 16 of a group of 32 in
+                            // a byte, the first in the low half; nf4: W flattened, two to a byte, the first in the high half
+  const void* end;          // of the codes
+  const float* scale;       // int8: (O,), W = scale code; nf4: one for 256 blocks, see absmax
+  const uint16_t *scale16, *least16;  // int4: (O, C/32) float16, W = scale code + least
+  const int8_t* absmax;     // nf4: one for each block of 64, of which C is a multiple: W = a L[code] with
+  const float *mean, *levels;  // a = max(0, absmax scale + mean) and L the 16 levels
+  int64_t first = 0;        // nf4: the block that W begins with
+};
+// out (N, O) = x (N, C) W^T + bias (O,). dynamic: x is rounded to 8 bits, in groups of 32 columns (int8 and int4 only).
+// Meant for few rows, where all of the time is reading W; dynamic for as many as one likes, if many_rows_in_integers().
+void linear_forward(View x, const Weight& weight, View bias, bool dynamic, View out, Parallel parallel);
+bool many_rows_in_integers();
+// out = W in floats; not of f32 and bf16.
+void unpack(const Weight& weight, View out, Parallel parallel);
+
+// One token of each row through a block of a Llama (block_cpu.cpp), all float32 but the weights.
+struct Block {
+  int64_t rows, C, D, heads, kv_heads, context, start;
+  float eps;
+  bool dynamic;
+  const float *x, *norm1, *norm2;    // (rows, C), (C,), (C,)
+  Weight qkv, o, gate_up, down;
+  const float *cos, *sin;            // (D,), of place `start`; the first half of sin is negative
+  float* cache;                      // (rows, 2 kv_heads, context, D): k, then v, written at `start`
+  float* out;                        // (rows, C)
+};
+void llama_block(const Block& a, Parallel parallel);
 
 // The instruction sets compiled in that this processor can run, best first, comma-separated ("avx512,avx2,generic");
 // and the choice of one by name ("" for the best; MINIMAL_ISA in the environment sets the first choice). False: unknown name.

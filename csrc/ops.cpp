@@ -24,6 +24,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <string>
@@ -34,11 +35,13 @@
 
 namespace {
 
+using minimal::Kind;
 using minimal::kMaxLength;
 using minimal::shape;
 using minimal::text;
 using minimal::Type;
 using minimal::View;
+using minimal::Weight;
 using torch::stable::Tensor;
 using Sizes = std::array<int64_t, 4>;
 
@@ -57,22 +60,30 @@ std::string dtype_name(int32_t dtype) {
   if (dtype == aoti_torch_dtype_bool()) return "bool";
   if (dtype == aoti_torch_dtype_int64()) return "int64";
   if (dtype == aoti_torch_dtype_int32()) return "int32";
+  if (dtype == aoti_torch_dtype_int8()) return "int8";
+  if (dtype == aoti_torch_dtype_uint8()) return "uint8";
   return "ScalarType " + std::to_string(dtype);
 }
 
 const char* name_of(Type type) {
   return type == Type::f32 ? "float32" : type == Type::bf16 ? "bfloat16" : "bool";
 }
-int64_t bytes_of(Type type) { return type == Type::bf16 ? 2 : type == Type::boolean ? 1 : 4; }
+int64_t bytes_of(Type type) {
+  return type == Type::f32 || type == Type::i32 ? 4 : type == Type::bf16 || type == Type::f16 ? 2 : 1;
+}
 
 struct Dtypes {
   bool f32, bf16, boolean;
   const char* text;
-  bool i32 = false;
+  bool i32 = false, i8 = false, u8 = false, f16 = false;
 };
 constexpr Dtypes kFloats{true, true, false, "float32 or bfloat16"};
 constexpr Dtypes kFloat32{true, false, false, "float32"};
 constexpr Dtypes kInt32{false, false, false, "int32", true};
+constexpr Dtypes kInt8{false, false, false, "int8", false, true};
+constexpr Dtypes kBytes{false, false, false, "uint8", false, false, true};
+constexpr Dtypes kFloat16{false, false, false, "float16", false, false, false, true};
+constexpr Dtypes kBfloat16{false, true, false, "bfloat16"};
 constexpr Dtypes kMasks{true, true, true, "bool, float32 or bfloat16"};
 
 // What a kernel may be shown of a tensor of up to four dimensions, aligned to the right: (Tq, Tk) becomes (1, 1, Tq, Tk).
@@ -88,6 +99,9 @@ View view(const char* op, const char* name, const Tensor& t, const Dtypes& wante
   else if (wanted.bf16 && dtype == aoti_torch_dtype_bfloat16()) v.type = Type::bf16;
   else if (wanted.boolean && dtype == aoti_torch_dtype_bool()) v.type = Type::boolean;
   else if (wanted.i32 && dtype == aoti_torch_dtype_int32()) v.type = Type::i32;
+  else if (wanted.i8 && dtype == aoti_torch_dtype_int8()) v.type = Type::i8;
+  else if (wanted.u8 && dtype == aoti_torch_dtype_uint8()) v.type = Type::u8;
+  else if (wanted.f16 && dtype == aoti_torch_dtype_float16()) v.type = Type::f16;
   else STD_TORCH_CHECK(false, op, ": ", name, " has dtype ", dtype_name(dtype), "; wanted ", wanted.text);
   v.data = minimal::read_sizes(op, name, t, min_dim, 4, bytes_of(v.type), v.size, v.stride);
   return v;
@@ -334,6 +348,203 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
   return {dq, dk, dv};
 }
 
+// ---------------------------------------------------------------------------------------------------- linear layers
+
+// Letters here: N rows of x, O outputs and C inputs of the layer.
+
+// A part of a weight: without gaps, and of this shape (-1: any size).
+View held(const char* op, const char* name, const Tensor& t, const Dtypes& wanted, std::initializer_list<int64_t> sizes,
+          const char* letters) {
+  const int64_t dim = static_cast<int64_t>(sizes.size()), own = t.dim();
+  const View v = view(op, name, t, wanted, dim < own ? dim : own);
+  bool fits = own == dim;
+  int64_t stride = 1, d = 4;
+  bool whole = true;
+  for (auto size = sizes.end(); size != sizes.begin();) {
+    d--, size--;
+    fits &= *size < 0 || v.size[d] == *size;
+    whole &= v.size[d] <= 1 || v.stride[d] == stride;
+    whole = whole && !__builtin_mul_overflow(stride, v.size[d], &stride);
+  }
+  if (!fits) {
+    std::string text;
+    for (int64_t size : sizes) text += (text.empty() ? "(" : ", ") + (size < 0 ? "any" : std::to_string(size));
+    STD_TORCH_CHECK(false, op, ": ", name, " has shape ", shape(t), "; wanted ", text, dim == 1 ? ",) = " : ") = ", letters);
+  }
+  STD_TORCH_CHECK(whole || v.data == nullptr, op, ": ", name, " of shape ", shape(t),
+                  " has gaps or swapped dimensions; wanted a contiguous tensor");
+  return v;
+}
+
+Weight held_int8(const char* op, const Tensor& codes, const Tensor& scale) {
+  const View c = held(op, "codes", codes, kInt8, {-1, -1}, "(O, C)");
+  const View s = held(op, "scale", scale, kFloat32, {c.size[2]}, "(O,)");
+  Weight w{Kind::int8, c.size[2], c.size[3], c.data};
+  w.end = static_cast<const char*>(c.data) + w.O * w.C;
+  w.scale = static_cast<const float*>(s.data);
+  return w;
+}
+
+Weight held_int4(const char* op, const Tensor& codes, const Tensor& scale, const Tensor& least, int64_t C) {
+  const View c = held(op, "codes", codes, kBytes, {-1, -1, 16}, "(O, C/32, 16)");
+  const int64_t O = c.size[1], groups = c.size[2];
+  STD_TORCH_CHECK(C >= 0 && C <= kMaxLength && (C + 31) / 32 == groups, op, ": codes has shape ", shape(codes), " for C = ", C,
+                  "; wanted (O, ", C >= 0 && C <= kMaxLength ? (C + 31) / 32 : 0, ", 16) = (O, C/32, 16)");
+  const View s = held(op, "scale", scale, kFloat16, {O, groups}, "(O, C/32)");
+  const View l = held(op, "least", least, kFloat16, {O, groups}, "(O, C/32)");
+  Weight w{Kind::int4, O, C, c.data};
+  w.end = static_cast<const char*>(c.data) + O * groups * 16;
+  w.scale16 = static_cast<const uint16_t*>(s.data), w.least16 = static_cast<const uint16_t*>(l.data);
+  return w;
+}
+
+// O and C are not known from these: n blocks of 64 are flat.
+Weight held_nf4(const char* op, const Tensor& codes, const Tensor& absmax, const Tensor& scale, const Tensor& mean,
+                const Tensor& levels) {
+  const View a = held(op, "absmax", absmax, kInt8, {-1}, "(n,), one for a block of 64");
+  const int64_t n = a.size[3];
+  const View c = held(op, "codes", codes, kBytes, {32 * n}, "(32 n,)");
+  const View s = held(op, "scale", scale, kFloat32, {(n + 255) / 256}, "(n/256,)");
+  const View m = held(op, "mean", mean, kFloat32, {1}, "(1,)");
+  const View l = held(op, "levels", levels, kFloat32, {16}, "(16,)");
+  Weight w{Kind::nf4, 1, 64 * n, c.data};
+  w.end = static_cast<const char*>(c.data) + 32 * n;
+  w.absmax = static_cast<const int8_t*>(a.data), w.scale = static_cast<const float*>(s.data);
+  w.mean = static_cast<const float*>(m.data), w.levels = static_cast<const float*>(l.data);
+  return w;
+}
+
+// x (N, C); C is asked for before the weight is known.
+View rows(const char* op, const Tensor& x) { return view(op, "x", x, kFloats, 2); }
+
+Tensor linear(const char* op, const Tensor& given, const View& x, const Weight& w, const std::optional<Tensor>& bias, bool dynamic) {
+  STD_TORCH_CHECK(given.dim() == 2 && x.size[3] == w.C, op, ": x has shape ", shape(given), "; wanted (N, ", w.C, ") = (N, C)");
+  View b;
+  if (bias.has_value()) {
+    b = view(op, "bias", *bias, kFloats, 1);
+    STD_TORCH_CHECK(bias->dim() == 1 && b.size[3] == w.O, op, ": bias has shape ", shape(*bias), "; wanted (", w.O, ",) = (O,)");
+  }
+  const Sizes sizes{x.size[2], w.O, 0, 0};
+  Tensor y = empty(op, sizes, 2, x.type);
+  const Sizes full{1, 1, x.size[2], w.O};
+  if (!is_empty(full)) minimal::linear_forward(x, w, b, dynamic, fresh(y, full, x.type), parallel);
+  return y;
+}
+
+Tensor linear_int8(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& bias, bool dynamic) {
+  const char* op = "minimal::linear_int8";
+  return linear(op, x, rows(op, x), held_int8(op, codes, scale), bias, dynamic);
+}
+Tensor linear_int4(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& least,
+                   const std::optional<Tensor>& bias, bool dynamic) {
+  const char* op = "minimal::linear_int4";
+  const View v = rows(op, x);
+  return linear(op, x, v, held_int4(op, codes, scale, least, v.size[3]), bias, dynamic);
+}
+Tensor linear_nf4(const Tensor& x, const Tensor& codes, const Tensor& absmax, const Tensor& scale, const Tensor& mean,
+                  const Tensor& levels, const std::optional<Tensor>& bias) {
+  const char* op = "minimal::linear_nf4";
+  const View v = rows(op, x);
+  Weight w = held_nf4(op, codes, absmax, scale, mean, levels);
+  const int64_t C = v.size[3];
+  STD_TORCH_CHECK(C > 0 && C % 64 == 0 && w.C % C == 0, op, ": x has shape ", shape(x), " and codes ", shape(codes),
+                  "; wanted a C that is a multiple of 64, and O C / 2 codes");
+  w.O = w.C / C, w.C = C;
+  return linear(op, x, v, w, bias, false);
+}
+Tensor linear_bf16(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const char* op = "minimal::linear_bf16";
+  const View v = held(op, "weight", weight, kBfloat16, {-1, -1}, "(O, C)");
+  Weight w{Kind::bf16, v.size[2], v.size[3], v.data};
+  w.end = static_cast<const char*>(v.data) + 2 * w.O * w.C;
+  return linear(op, x, rows(op, x), w, bias, false);
+}
+
+Tensor unpacked(const char* op, const Weight& w, const Sizes& sizes, int64_t dim, bool bfloat16) {
+  const Type type = bfloat16 ? Type::bf16 : Type::f32;
+  Tensor out = empty(op, sizes, dim, type);
+  const Sizes full{1, 1, w.O, w.C};
+  if (!is_empty(full)) minimal::unpack(w, fresh(out, full, type), parallel);
+  return out;
+}
+Tensor unpack_int8(const Tensor& codes, const Tensor& scale, bool bfloat16) {
+  const char* op = "minimal::unpack_int8";
+  const Weight w = held_int8(op, codes, scale);
+  return unpacked(op, w, {w.O, w.C, 0, 0}, 2, bfloat16);
+}
+Tensor unpack_int4(const Tensor& codes, const Tensor& scale, const Tensor& least, int64_t C, bool bfloat16) {
+  const char* op = "minimal::unpack_int4";
+  const Weight w = held_int4(op, codes, scale, least, C);
+  return unpacked(op, w, {w.O, w.C, 0, 0}, 2, bfloat16);
+}
+Tensor unpack_nf4(const Tensor& codes, const Tensor& absmax, const Tensor& scale, const Tensor& mean, const Tensor& levels,
+                  int64_t first, int64_t count, bool bfloat16) {
+  const char* op = "minimal::unpack_nf4";
+  Weight w = held_nf4(op, codes, absmax, scale, mean, levels);
+  STD_TORCH_CHECK(first >= 0 && first % 64 == 0 && count >= 0 && first <= w.C && count <= w.C - first, op, ": first is ", first,
+                  " and count ", count, "; wanted a part of the ", w.C, " weights that begins at a multiple of 64");
+  w.first = first / 64, w.C = count;
+  return unpacked(op, w, {count, 0, 0, 0}, 1, bfloat16);
+}
+
+// ---------------------------------------------------------------------------------------------------- a Llama's block
+
+// A weight of as many inputs as `C` says, in what the dtype of its codes tells: float32, bfloat16, int8 or 4 bits (uint8).
+Weight weight_of(const char* op, const char* name, const Tensor& codes, const std::optional<Tensor>& scale,
+                 const std::optional<Tensor>& least, int64_t C) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(codes.get(), &dtype));
+  const bool int8 = dtype == aoti_torch_dtype_int8(), int4 = dtype == aoti_torch_dtype_uint8();
+  STD_TORCH_CHECK(scale.has_value() == (int8 || int4) && least.has_value() == int4, op, ": ", name, " of ", dtype_name(dtype),
+                  "; wanted a scale beside int8, scale and least beside uint8, and neither beside floats");
+  if (int8 || int4) {
+    const Weight w = int8 ? held_int8(op, codes, *scale) : held_int4(op, codes, *scale, *least, C);
+    STD_TORCH_CHECK(w.C == C, op, ": ", name, " has ", w.C, " inputs; wanted ", C);
+    return w;
+  }
+  constexpr Dtypes floats{true, true, false, "float32, bfloat16, int8 or uint8"};
+  const View v = held(op, name, codes, floats, {-1, C}, "(O, C)");
+  Weight w{v.type == Type::f32 ? Kind::f32 : Kind::bf16, v.size[2], C, v.data};
+  w.end = static_cast<const char*>(v.data) + bytes_of(v.type) * w.O * w.C;
+  return w;
+}
+
+Tensor llama_block(const Tensor& x, const Tensor& norm1, const Tensor& norm2,
+                   const Tensor& qkv, const std::optional<Tensor>& qkv_scale, const std::optional<Tensor>& qkv_least,
+                   const Tensor& o, const std::optional<Tensor>& o_scale, const std::optional<Tensor>& o_least,
+                   const Tensor& gate_up, const std::optional<Tensor>& gate_up_scale, const std::optional<Tensor>& gate_up_least,
+                   const Tensor& down, const std::optional<Tensor>& down_scale, const std::optional<Tensor>& down_least,
+                   const Tensor& cos, const Tensor& sin, const Tensor& cache, int64_t start, double eps, bool dynamic) {
+  const char* op = "minimal::llama_block";
+  const View vx = held(op, "x", x, kFloat32, {-1, -1}, "(B, C)");
+  const View kv = held(op, "cache", cache, kFloat32, {vx.size[2], -1, -1, -1}, "(B, 2 Hkv, context, D)");
+  minimal::Block a;
+  a.rows = vx.size[2], a.C = vx.size[3], a.kv_heads = kv.size[1] / 2, a.context = kv.size[2], a.D = kv.size[3];
+  STD_TORCH_CHECK(a.C > 0 && kv.size[1] > 0 && kv.size[1] % 2 == 0 && a.D > 0 && a.D % 2 == 0 && a.D <= kMaxHeadSize, op, ": cache has shape ",
+                  shape(cache), " and x ", shape(x), "; wanted (B, 2 Hkv, context, D) with an even D up to ", kMaxHeadSize);
+  STD_TORCH_CHECK(start >= 0 && start < a.context, op, ": start is ", start, "; wanted 0 to ", a.context - 1, ", a place in the cache");
+  a.start = start, a.eps = static_cast<float>(eps), a.dynamic = dynamic;
+  a.x = static_cast<const float*>(vx.data), a.cache = static_cast<float*>(kv.data);
+  auto line = [&](const char* name, const Tensor& t, int64_t n) {
+    return static_cast<const float*>(held(op, name, t, kFloat32, {n}, "(n,)").data);
+  };
+  a.norm1 = line("norm1", norm1, a.C), a.norm2 = line("norm2", norm2, a.C);
+  a.cos = line("cos", cos, a.D), a.sin = line("sin", sin, a.D);
+  a.qkv = weight_of(op, "qkv", qkv, qkv_scale, qkv_least, a.C);
+  a.heads = a.qkv.O / a.D - 2 * a.kv_heads;
+  STD_TORCH_CHECK(a.qkv.O % a.D == 0 && a.heads > 0 && a.heads % a.kv_heads == 0, op, ": qkv has ", a.qkv.O,
+                  " outputs; wanted (H + 2 Hkv) D for Hkv = ", a.kv_heads, ", D = ", a.D, " and an H that Hkv divides");
+  a.o = weight_of(op, "o", o, o_scale, o_least, a.heads * a.D);
+  a.gate_up = weight_of(op, "gate_up", gate_up, gate_up_scale, gate_up_least, a.C);
+  a.down = weight_of(op, "down", down, down_scale, down_least, a.gate_up.O / 2);
+  STD_TORCH_CHECK(a.o.O == a.C && a.down.O == a.C && a.gate_up.O % 2 == 0, op, ": o, down and gate_up have ", a.o.O, ", ", a.down.O,
+                  " and ", a.gate_up.O, " outputs; wanted C = ", a.C, " twice, and 2 F");
+  Tensor out = empty(op, {a.rows, a.C, 0, 0}, 2, Type::f32);
+  a.out = static_cast<float*>(out.mutable_data_ptr());
+  if (a.rows > 0) minimal::llama_block(a, parallel);
+  return out;
+}
+
 // ---------------------------------------------------------------------------------------------------- build facts
 
 std::string torch_version(uint64_t abi) {  // one byte each: major, minor, patch
@@ -356,6 +567,23 @@ STABLE_TORCH_LIBRARY(minimal, m) {
   m.def("attention(Tensor q, Tensor k, Tensor v, " MINIMAL_OPTIONS ") -> (Tensor out, Tensor lse)");
   m.def("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " MINIMAL_OPTIONS
         ") -> (Tensor, Tensor, Tensor)");
+
+  // Linear layers with a weight (O, C) in few bits (kernels.h says how), for few rows x (N, C) -> (N, O) of x's dtype, and
+  // the weight itself in floats. dynamic: x is rounded to 8 bits, in groups of 32 columns. nf4: C is a multiple of 64.
+#define MINIMAL_NF4 "Tensor codes, Tensor absmax, Tensor scale, Tensor mean, Tensor levels, "
+  m.def("linear_int8(Tensor x, Tensor codes, Tensor scale, Tensor? bias, bool dynamic) -> Tensor");
+  m.def("linear_int4(Tensor x, Tensor codes, Tensor scale, Tensor least, Tensor? bias, bool dynamic) -> Tensor");
+  m.def("linear_nf4(Tensor x, " MINIMAL_NF4 "Tensor? bias) -> Tensor");
+  m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("unpack_int8(Tensor codes, Tensor scale, bool bfloat16) -> Tensor");
+  m.def("unpack_int4(Tensor codes, Tensor scale, Tensor least, int C, bool bfloat16) -> Tensor");
+  m.def("unpack_nf4(" MINIMAL_NF4 "int first, int count, bool bfloat16) -> Tensor");  // of W flattened, a part
+  // One token of each row of x (B, C) through a block of a Llama: minimal/decoder.py has the equations. cos and sin (D,) are
+  // of place `start`, where k and v are written into the cache (B, 2 Hkv, context, D). A weight (O, C) is float32 or bfloat16,
+  // int8 with a scale, or uint8 with scale and least, as in linear_*.
+#define MINIMAL_WEIGHT(name) "Tensor " name ", Tensor? " name "_scale, Tensor? " name "_least, "
+  m.def("llama_block(Tensor x, Tensor norm1, Tensor norm2, " MINIMAL_WEIGHT("qkv") MINIMAL_WEIGHT("o") MINIMAL_WEIGHT("gate_up")
+        MINIMAL_WEIGHT("down") "Tensor cos, Tensor sin, Tensor(a!) cache, int start, float eps, bool dynamic) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minimal, CPU, m) {
@@ -363,6 +591,14 @@ STABLE_TORCH_LIBRARY_IMPL(minimal, CPU, m) {
   m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("llama_block", TORCH_BOX(&llama_block));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
+  m.impl("linear_int4", TORCH_BOX(&linear_int4));
+  m.impl("linear_nf4", TORCH_BOX(&linear_nf4));
+  m.impl("linear_bf16", TORCH_BOX(&linear_bf16));
+  m.impl("unpack_int8", TORCH_BOX(&unpack_int8));
+  m.impl("unpack_int4", TORCH_BOX(&unpack_int4));
+  m.impl("unpack_nf4", TORCH_BOX(&unpack_nf4));
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -384,6 +620,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", [] { return std::string(minimal::instruction_sets()); },
         "The instruction sets compiled in that this processor can run, best first, comma-separated.");
   m.def("instruction_set", [] { return std::string(minimal::instruction_set()); }, "The one in use.");
+  m.def("many_rows_in_integers", [] { return minimal::many_rows_in_integers(); },
+        "Whether linear layers with x rounded to 8 bits are faster than floats for many rows, too.");
   m.def("choose_instruction_set", [](const std::string& name) {
     if (!minimal::choose_instruction_set(name.c_str()))
       throw pybind11::value_error("name=\"" + name + "\" is not an instruction set of this build and processor; wanted one of " +

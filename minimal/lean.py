@@ -2,7 +2,7 @@
 """A Llama's adapters trained in less time and memory: each block as one function, with its backward pass by hand.
 
 The weights W of a block are frozen, only the A and B of its LoRA (Hu et al. 2021, arXiv 2106.09685) learn. Autograd
-then keeps what it needs for each operation by itself, and adds up in new memory what could be added in place. Of a block
+then keeps what each operation needs by itself, and adds up in new memory what could be added in place. In a block
 
     n = RMSNorm(x)      q, k, v = n W_q, n W_k, n W_v      a = x + attention(q, k, v) W_o      each W with its adapter,
     m = RMSNorm(a)      g, u = m W_g, m W_u                y = a + (silu(g) * u) W_d           W + s A^T B^T
@@ -32,7 +32,7 @@ from torch import nn
 
 def _product(layer, x):
     """x (N, C) -> the layer's output with its adapter, (N, O), and h = x A^T (N, r) or None."""
-    y, lora = F.linear(x, layer.weight, layer.bias), getattr(layer, "lora", None)
+    y, lora = layer.forward(x), getattr(layer, "lora", None)  # without its hooks, and without gradient
     if lora is None:
         return y, None
     h = x @ lora.A.t()  # (N,C) x (r,C) -> (N,r)

@@ -15,8 +15,8 @@ q is the nearest to W, given the constants as they will be read back. int4 is th
 such a file is kept without loss. A symmetric int4 (m = -8 s) is a worse grid, and saves nothing. L are 16 levels, at
 equal steps of probability under a normal distribution (QLoRA, sec. 3), for weights are close to normal: nf4_levels()
 derives them. A layer computes x W^T + b with the W that its codes stand for, made anew in the forward pass and again in
-the backward pass: only codes are kept between. `dynamic` rounds x too, to 8 bits: True with one scale for a row of x
-(int8) or 32 columns of it (int4), 32 with one for 32 columns in any case, which costs int8 much less.
+the backward pass: only codes are kept between. `dynamic` rounds x too: to 8 bits with a scale for
+each 32 columns of a row.
 
 Departures: the a_b are rounded to 8-bit integers (the authors round them to 8-bit floats). A last block that is not
 full is filled with zeros.
@@ -34,6 +34,7 @@ Shapes, rounded up: C inputs of a layer, O outputs, G = C / 32 groups, n = O C /
 """
 
 import collections
+import copy
 import re
 import statistics
 
@@ -128,10 +129,10 @@ def _absmax(rounded, scale, mean):  # (n,); rounding must not make a tiny one ne
 KINDS = {"int8": (encode_int8, decode_int8), "int4": (encode_int4, decode_int4), "nf4": (encode_nf4, decode_nf4)}
 
 
-def round_activations(x, n):
-    """x (..., C) in 8 bits, with one scale max |x| / 127 for n columns of a row."""
-    groups = F.pad(x.float(), (0, -x.shape[-1] % n)).unflatten(-1, (-1, n))  # (..., C / n, n)
-    scale = groups.abs().amax(-1, keepdim=True) / 127  # (..., C / n, 1)
+def round_activations(x):
+    """x (..., C) in 8 bits, a scale max |x| / 127 for each 32 columns: one for a row costs SmolLM2 six times as much."""
+    groups = F.pad(x.float(), (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))  # (..., G, 32)
+    scale = groups.abs().amax(-1, keepdim=True) / 127  # (..., G, 1)
     return ((groups / scale.clamp_min(_TINY)).round() * scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 
@@ -139,9 +140,14 @@ def torch_linear(x, kind, shape, dtype, bias, dynamic, **held):
     """x (..., C) -> x W^T + bias, (..., O), for the W of `shape` (O, C) that `held` stands for, rounded to `dtype`.
 
     held: the codes and constants of that kind, as its encode function gives them. The default `linear`: a fused product
-    of these arguments may take its place. It needs no gradient of its own, and gets none."""
-    x = round_activations(x, 32 if kind == "int4" or dynamic == 32 else shape[1]) if dynamic else x
+    of these arguments may take its place. It needs no gradient of its own, and gets none. If it has an attribute
+    `unpack`, called with kind, shape and held, then that gives W wherever it is wanted."""
+    x = round_activations(x) if dynamic else x
     return F.linear(x, KINDS[kind][1](shape, **held).to(dtype), bias)  # (..., C) x (O, C) -> (..., O)
+
+
+def _decode(linear, kind, shape, held):
+    return linear.unpack(kind, shape, **held) if hasattr(linear, "unpack") else KINDS[kind][1](shape, **held)
 
 
 class QuantisedLinear(nn.Linear):
@@ -153,7 +159,8 @@ class QuantisedLinear(nn.Linear):
     @property
     def weight(self):
         """The weight that the codes stand for: (O, C), in the dtype of the model, without gradient; a new tensor."""
-        return KINDS[self.kind][1]((self.out_features, self.in_features), **self.encoded()).to(self.like.dtype)
+        shape = self.out_features, self.in_features
+        return _decode(self.linear, self.kind, shape, self.encoded()).to(self.like.dtype)
 
     def encoded(self):
         """{name: tensor} of codes and constants, as its encode function gave them: views, no copies."""
@@ -170,7 +177,7 @@ class QuantisedLinear(nn.Linear):
         return self.linear(x, *how, self.bias, self.dynamic, **self.encoded())
 
     def extra_repr(self):
-        return f"{super().extra_repr()}, kind={self.kind}{', dynamic' * bool(self.dynamic)}"
+        return f"{super().extra_repr()}, kind={self.kind}{', dynamic' * self.dynamic}"
 
 
 class QuantisedEmbedding(nn.Embedding):
@@ -197,17 +204,16 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, linear, how, dynamic, names, *held):
         ctx.save_for_backward(*held)
-        ctx.how, ctx.names = how, names
+        ctx.linear, ctx.how, ctx.names = linear, how, names
         return linear(x, *how, bias, dynamic, **dict(zip(names, held, strict=True)))
 
     @staticmethod
     def backward(ctx, grad):  # (..., O)
-        to_x, to_bias, (kind, shape, dtype) = None, None, ctx.how
+        to_x, (kind, shape, dtype) = None, ctx.how
         if ctx.needs_input_grad[0]:
-            W = KINDS[kind][1](shape, **dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
+            W = _decode(ctx.linear, kind, shape, dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
             to_x = grad @ W.to(dtype).to(grad.dtype)  # (..., O) x (O, C) -> (..., C)
-        if ctx.needs_input_grad[1]:
-            to_bias = grad.reshape(-1, grad.shape[-1]).sum(0)  # (O,)
+        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None  # (O,)
         return to_x, to_bias, *[None] * (4 + len(ctx.saved_tensors))
 
 
@@ -221,7 +227,7 @@ def quantise(model, kind=None, bits=None, *, skip=(), head=None, dynamic=False, 
     qa_outputs or seq_relationship, subclasses of nn.Linear (and transformers' Conv1D), and what `skip` names: names of
     layers or their ends ("c_proj", "mlp.c_proj"). head: "int8" or "int4" for the heads among these, too, and for
     embeddings that one is tied to (they stay tied).
-    dynamic: activations in 8 bits, False, True or 32, see above. linear: computes the products, see torch_linear; it is
+    dynamic: activations in 8 bits. linear: computes the products, see torch_linear; it is
     in no state_dict. grid: the range of int8 and int4, see minmax. codes: {name: what an encode function gives} of
     layers that are encoded already. ValueError, and nothing has changed: an unknown kind, no layer to quantise, a skip
     that matches nothing, weights that are not finite (or too large for float16), merged adapters, unfit codes."""
@@ -231,8 +237,6 @@ def quantise(model, kind=None, bits=None, *, skip=(), head=None, dynamic=False, 
     for name, value, known in (("kind", kind, KINDS), ("head", head or "int8", ("int8", "int4"))):
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; wanted one of: {', '.join(known)}")
-    if dynamic not in (False, True, 32):
-        raise ValueError(f"dynamic={dynamic!r} is unknown; wanted False, True or 32")
     if kind == "nf4" and (dynamic or grid is not minmax or codes):
         raise ValueError("kind='nf4' beside dynamic, grid or codes; wanted kind int8 or int4 for these")
     linears = {_plain(n): m for n, m in model.named_modules() if type(m) is nn.Linear and "weight" in m._parameters}
@@ -324,14 +328,10 @@ def _one_of(names):
 
 
 if __name__ == "__main__":
-    import copy
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print("levels:", " ".join(f"{x:.3f}" for x in LEVELS.tolist()))
     plain = nn.Sequential(nn.Linear(512, 1024), nn.GELU(), nn.Linear(1024, 512)).requires_grad_(False)
-    for layer in (plain[0], plain[2]):
-        nn.init.normal_(layer.weight, std=0.02)
+    plain[0].weight.data.normal_(0, 0.02), plain[2].weight.data.normal_(0, 0.02)
     weights, x = 2 * 512 * 1024, torch.randn(64, 512)
     print(f"float32  {memory(plain):9,} bytes")
     for kind in KINDS:
@@ -341,10 +341,8 @@ if __name__ == "__main__":
         off = (model[0].weight - plain[0].weight).norm() / plain[0].weight.norm()
         y = ((model(x) - plain(x)).norm() / plain(x).norm()).item()
         print(f"{kind:7}  {memory(model):9,} bytes, {bits:.3f} bits a weight: W is off by {off:.2%}, y by {y:.2%}")
-    W4 = model[0].weight
-    kept = []
+    W4, kept = model[0].weight, []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
         (y := model[0](x.requires_grad_())).sum().backward()
         exact = torch.equal(x.grad, torch.ones_like(y) @ W4)
-        F.linear(x, W4.clone()).sum()
-    print(f"kept for the backward pass: {sum(kept[:-1]):,} bytes, W would be {kept[-1]:,}; gradient exact: {exact}")
+    print(f"kept for the backward pass: {sum(kept):,} bytes, W would be {W4.nbytes:,}; gradient exact: {exact}")

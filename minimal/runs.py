@@ -137,6 +137,28 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+@contextlib.contextmanager
+def profiled(path: str | os.PathLike, steps: int = 3, skip: int = 2) -> Iterator[Callable[[], None]]:
+    """Yields a function to call at the end of each step. After `skip` steps it profiles `steps` of them, writes a trace
+    for Perfetto or chrome://tracing to `path` and prints the ten costliest operators, by their own time."""
+    from torch.profiler import profile, schedule
+
+    def done(profiler):
+        write_beside(path, lambda beside: profiler.export_chrome_trace(str(beside)))
+        on_gpu = any(event.self_device_time_total for event in profiler.key_averages())
+        rows = [(e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key)
+                for e in profiler.key_averages() if not e.key.startswith("ProfilerStep")]  # fmt: skip
+        whole = max(sum(time for time, *_ in rows), 1e-9)
+        print(f"\n{steps} steps profiled into {path}; by their own time{' on the GPU' if on_gpu else ''}:")
+        for time, count, name in sorted(rows, reverse=True)[:10]:
+            per_step = f"{count / steps:7.0f} calls {time / 1e3 / steps:9.2f} ms a step"
+            print(f"  {name[:60]:60} {per_step} {time / whole:6.1%}")
+
+    when = schedule(wait=skip - 1, warmup=1, active=steps, repeat=1)
+    with profile(on_trace_ready=done, schedule=when) as profiler:
+        yield profiler.step
+
+
 def plot(folder: str | os.PathLike) -> None:
     """Draws the losses of metrics.jsonl into loss.png. Raises ImportError without matplotlib."""
     try:

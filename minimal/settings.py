@@ -26,7 +26,8 @@ import sys
 def setting(default, wanted, help, **extra):
     """A dataclass field that is also a flag.
 
-    wanted: bool (a switch), str, (type, least), (type, least, below) or a list of names. extra: kept in the field's
+    wanted: bool (a switch), str, (type, least), (type, least, below), either with a word before it that may stand in
+    the number's place, or a list of names. extra: kept in the field's
     metadata beside `wanted` and `help`, for the program's own use. A default is not checked.
     """
     return dataclasses.field(default=default, metadata=dict(wanted=wanted, help=help, **extra))
@@ -47,11 +48,15 @@ def converter(wanted):
             near = difflib.get_close_matches(text, wanted, 1, 0.4)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise argparse.ArgumentTypeError(f"{text!r} is unknown; {hint}wanted one of {', '.join(wanted)}")
-        kind, least, below = (*wanted, math.inf)[:3]
+        word, numbers = (wanted[0], wanted[1:]) if isinstance(wanted[0], str) else (None, wanted)
+        if text == word:
+            return text
+        kind, least, below = (*numbers, math.inf)[:3]
         with contextlib.suppress(ValueError):
             if least <= kind(text) < below:  # false for NaN and, for float, for infinity
                 return kind(text)
         what = f"a {'whole ' * (kind is int)}number of at least {least:g}" + f", below {below:g}" * (below < 1e30)
+        what = f"{word} or {what}" if word else what
         raise argparse.ArgumentTypeError(f"{text!r}: wanted {what}")
 
     return convert

@@ -67,8 +67,8 @@ METHODS = {
     "freeze": [],
     "surgical": ["--budget", "0.6"],
     "lora": ["--lora-plus", "4"],
-    "lora-nf4": ["--quantise", "nf4"],
-    "lora-int8": ["--quantise", "int8", "--dora"],
+    "lora-nf4": ["--quantise-base", "nf4"],
+    "lora-int8": ["--quantise-base", "int8", "--dora"],
     "adapter": ["--bottleneck", "4"],
     "adapter-houlsby": ["--bottleneck", "4", "--placement", "houlsby"],
     "prefix": ["--virtual-tokens", "3", "--prefix-hidden", "16"],
@@ -708,12 +708,12 @@ def test_trap_recomputation_over_a_frozen_base():
 
 
 BAD_SETTINGS = {
-    "--finetune full --quantise nf4": ["--quantise nf4", "--finetune lora"],
+    "--finetune full --quantise-base nf4": ["--quantise-base nf4", "--finetune lora"],
     "--finetune all --dry-run": ["--finetune all"],
     "--finetune prefix --virtual-tokens 128": ["--virtual-tokens 128", "context"],
     "--finetune prefix": ["--seq-len 128", "context", "prefix"],
     "--finetune lora --lora-plus 4 --optimizer sgd": ["--lora-plus 4", "AdamW"],
-    "--finetune lora --quantise nf5": ["nf5", "nf4"],
+    "--finetune lora --quantise-base nf5": ["nf5", "nf4"],
     "--finetune surgical --budget 0.0001": ["budget"],
     "--finetune adapters": ["adapters", "did you mean"],
     "--finetune prefix --lora-plus 16": ["--lora-plus 16", "--finetune lora", "prefix"],
@@ -817,7 +817,7 @@ def test_a_template_of_another_kind_gives_way_to_what_was_trained(capsys):
 
 def test_quantised_without_a_base_trains_one_first(capsys):
     train.main(
-        [*TINY, "--seq-len", "100", "--finetune", "lora", "--quantise", "int8", "--data", chats(), "--steps", "2"]
+        [*TINY, "--seq-len", "100", "--finetune", "lora", "--quantise-base", "int8", "--data", chats(), "--steps", "2"]
     )
     assert "training one first" in capsys.readouterr().out
 

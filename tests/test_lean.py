@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from minimal.lean import make_lean, make_plain
 from minimal.llama import Llama, LlamaConfig, torch_attention
@@ -114,9 +115,8 @@ def test_what_is_not_of_its_kind_runs_as_before(calls):
               adapted(llama(), target="q_proj"))  # fmt: skip
     untouched(lambda m: [p.requires_grad_() for n, p in m.named_parameters() if "norm" in n], adapted(llama()))
     untouched(lambda m: [b.mlp.register_forward_hook(lambda m, a, y: 2 * y) for b in m.model.layers], adapted(llama()))
-    untouched(
-        lambda m: m.model.layers[1].mlp.up_proj.register_forward_pre_hook(lambda m, a: (a[0] + 1,)), adapted(llama())
-    )
+    hook = nn.Module.register_forward_pre_hook
+    untouched(lambda m: [hook(b.mlp, lambda m, args: (args[0] + 1,)) for b in m.model.layers], adapted(llama()))
     untouched(lambda m: None, adapted(llama(dtype=torch.bfloat16)))
     assert calls[0] == before
     model.eval()  # dropout of the adapters and of the model is off: lean again
@@ -165,7 +165,7 @@ def test_what_is_kept_for_the_backward_pass():
 
 def test_errors():
     with pytest.raises(ValueError, match="model=Linear has no blocks like Llama's"):
-        make_lean(torch.nn.Linear(3, 3))
+        make_lean(nn.Linear(3, 3))
     model = adapted(llama())
     make_lean(model)
     total, _ = model.loss(torch.randint(50, (1, 5)))

@@ -770,3 +770,52 @@ def test_a_kill_between_the_last_checkpoint_and_its_note():
     before = exact(out)
     train.main(["--resume"])
     assert train.read_json(out / "args.json")["status"] == "finished" and same(exact(out), before)
+
+
+def test_the_largest_microbatches_that_fit(capsys):
+    """--grad-accum auto: the run of one large microbatch, up to the order of sums."""
+    if not pathlib.Path("/proc/self/clear_refs").exists():
+        pytest.skip("memory is measured through Linux's /proc")
+    flags = ["--batch-size", "12", "--optimizer", "adamw", "--lr", "1e-3"]
+    whole = pretrain(*flags, out="out/whole", steps=4)
+    auto = pretrain(*flags, "--grad-accum", "auto", "--memory", "400", out="out/auto", steps=4)
+    assert "microbatches: 1 of 12 rows, for 400.00 GB" in capsys.readouterr().out
+    assert [a["loss"] for a in lines(auto)] == [a["loss"] for a in lines(whole)]
+    rows = iter([1.0, 1.1, 1.2])  # GB of 1 row, of 2, of what was chosen
+
+    def peak(call, device):
+        call()
+        return next(rows) * 1e9
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "peak_bytes", peak)
+        split = pretrain(*flags, "--grad-accum", "auto", "--memory", "1.25", out="out/split", steps=4)
+    assert "microbatches: 4 of 3 rows, for 1.25 GB" in capsys.readouterr().out
+    settings = json.loads((split / "args.json").read_text())["settings"]
+    assert (settings["batch_size"], settings["grad_accum"], settings["memory"]) == (3, 4, None)  # for --resume
+    for a, b in zip(lines(split), lines(whole), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    train.main(["--resume", str(split), "--steps", "5"])
+
+
+def test_a_budget_for_not_even_one_row(capsys):
+    line = [*TINY, "--data", "corpus", "--grad-accum", "auto"]
+    if pathlib.Path("/proc/self/clear_refs").exists():
+        fails([*line, "--memory", "0.01"], capsys, "--memory 0.01 GB", "one row needs", "--recompute", changes=True)
+    fails([*line[:-1], "many"], capsys, "--grad-accum: 'many'", "auto or a whole number of at least 1")
+    fails([*line[:-2], "--memory", "2"], capsys, "--memory 2", "--grad-accum auto")
+
+
+def test_profile_says_where_time_and_memory_go(capsys):
+    out = pretrain("--profile", steps=6)
+    said = capsys.readouterr().out
+    assert "memory of a step:\nweights" in said and re.search(r"\nactivations +0*[1-9.]", said)
+    table = said.split("by their own time:")[1].splitlines()[1:11]
+    assert all(re.fullmatch(r"  \S.* +\d+ calls +\d+\.\d\d ms a step +\d+\.\d%", line) for line in table), table
+    shares = [float(line.split()[-1][:-1]) for line in table]
+    assert shares == sorted(shares, reverse=True) and 20 < sum(shares) <= 100.5
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    steps = {e["name"] for e in events if str(e.get("name")).startswith("ProfilerStep")}
+    assert steps == {"ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"} and len(lines(out)) == 6
+    plain = pretrain(out="out/plain", steps=6)
+    assert [a["loss"] for a in lines(out)] == [a["loss"] for a in lines(plain)]

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: MIT
+// Linear layers with quantised weights: how the outputs are shared between the threads, for each instruction set.
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace minimal {
+
+struct Linear {
+  View x;
+  Weight weight;
+  View bias;
+  bool dynamic, many;         // many: a lane is an output (linear_kernel.h); only where all products are of integers
+  View out;
+  int64_t row = 0, rows = 0;  // of x, that are worked on
+  char* prepared = nullptr;   // these rows, as the products read them: ROW-rounded C floats each, or what fits there
+};
+struct Unpack {
+  Weight weight;
+  View out;
+};
+constexpr int64_t MANY = 16;  // rows from which laying out the weights pays
+constexpr int64_t ROW = 512;  // 32 columns for each lane of the widest vector
+
+}  // namespace minimal
+
+#define MINIMAL_KERNEL "linear_kernel.h"
+#include "every_isa.h"
+
+namespace minimal {
+
+namespace {
+// The 64-byte products need VNNI, which all but the first processors with AVX-512 have: those take the 32-byte ones.
+bool has_vnni() {
+#if MINIMAL_X86
+  static const bool has = (__builtin_cpu_init(), __builtin_cpu_supports("avx512vnni"));
+  return has;
+#else
+  return true;
+#endif
+}
+}  // namespace
+
+#if MINIMAL_X86
+#define MINIMAL_BEST_VNNI(f) (isa() >= Isa::avx512 && has_vnni() ? avx512::f : isa() >= Isa::avx2 ? avx2::f : generic::f)
+#else
+#define MINIMAL_BEST_VNNI(f) generic::f
+#endif
+
+bool many_rows_in_integers() { return isa() >= Isa::avx512 && has_vnni(); }
+
+void linear_forward(View x, const Weight& weight, View bias, bool dynamic, View out, Parallel parallel) {
+  const int64_t N = x.size[2], wide = (weight.C + ROW - 1) / ROW * ROW;
+  dynamic = dynamic && (weight.kind == Kind::int8 || weight.kind == Kind::int4);
+  const bool many = dynamic && N >= MANY && many_rows_in_integers();
+  // So many rows at a time that they stay in a cache beside the weights: of the second level, or the first.
+  const int64_t fit = many ? (1 << 18) / (wide + 1) : 8, at_a_time = many && fit < 48 ? 48 : fit;
+  const int64_t rows = N < at_a_time ? N : at_a_time;
+  ScratchBlock block(rows * wide);
+  const auto prepare = MINIMAL_BEST_VNNI(linear_prepare), outputs = MINIMAL_BEST_VNNI(linear_outputs);
+  const int64_t width = MINIMAL_BEST_VNNI(OUTPUTS), pieces = (weight.O + width - 1) / width;
+  const int64_t bytes = (const char*)weight.end - (const char*)weight.codes;
+  for (const char *begin = (const char*)weight.codes, *p = begin; p < weight.end && p < begin + 8192; p += 64)
+    __builtin_prefetch(p);  // on its way while x is prepared
+  Linear a{x, weight, bias, dynamic, many, out, 0, 0, (char*)block.start().next};
+  for (; a.row < N; a.row += rows) {
+    a.rows = N - a.row < rows ? N - a.row : rows;
+    if (many) parallel(a.rows, prepare, &a); else prepare(&a, 0, a.rows);
+    if (bytes * (many ? 8 : 1) < 80000) outputs(&a, 0, pieces);  // waking threads takes as long
+    else parallel(pieces, outputs, &a);
+  }
+}
+
+void unpack(const Weight& weight, View out, Parallel parallel) {
+  Unpack a{weight, out};
+  const int64_t groups = weight.O * ((weight.C + 31) / 32);
+  const auto run = MINIMAL_BEST_VNNI(unpack_groups);
+  if (groups < 3000) run(&a, 0, groups); else parallel(groups, run, &a);
+}
+
+}  // namespace minimal

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: MIT
+"""A Llama that decodes in few operations: products joined, tables made once, keys and values written in place.
+
+A new token costs one read of all weights at the memory's rate, and beside it what each operation costs before it has
+computed anything: some microseconds, hundreds of times a token. minimal/llama.py spends more on the second than a
+quantised model on the first. So here, of minimal/llama.py's equations,
+
+    q, k and v are one product, and so are gate and up      W = [W_q; W_k; W_v],  [W_gate; W_up]
+    q and k turn together                                   x cos + (x rolled by D/2) (-sin, sin)  from a table
+    k and v go to their place in one buffer                 (B, 2 Hkv, P, D), allocated once: no copy of the whole cache
+    the head reads the last position alone                  logits (B, 1, V): what comes before was given
+
+The numbers are minimal/llama.py's up to rounding (the test says how near). How W is held and multiplied is an argument:
+
+    product(W) -> y(x)      x (N, C) -> x W^T (N, O), with a method rows(ids) -> W[ids] where W is the embedding too
+
+so a weight may be float32, as by default, or codes of a few bits with a fused product (minimal/fused_linear.py), where
+`block` computes all of this for one new token in one operation. The weights are the decoder's own: the model can be
+deleted. It is no nn.Module, and gives no gradients.
+
+    decoder = Decoder(model)                             # or product=..., attention=...
+    cache = []
+    logits = decoder(ids, cache)                         # (B, T) -> (B, 1, V); reads on where the cache ends
+    for token in stream(decoder, ids, 100): ...          # of minimal/generate.py
+
+Letters: B batch, T new tokens, P context, H query heads, Hkv key-value heads, D head size, C width, V vocabulary.
+"""
+
+import math
+import types
+
+import torch
+import torch.nn.functional as F
+
+
+# Same as minimal/llama.py: rotary_frequencies
+def rotary_frequencies(config, dtype=torch.float32, device=None):
+    """Radians that each pair turns per position, (D/2,): theta^(-2i/D), slowed down as config.rope_scaling says."""
+    D, s, keep = config.head_dim, config.rope_scaling or {"factor": 1.0}, 0.0
+    frequency = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=dtype, device=device) / D)
+    if "low_freq_factor" in s:
+        # Llama 3.1: a pair that turns less than low_freq_factor times in the old context would meet angles never seen.
+        turns = frequency * s["original_max_position_embeddings"] / (2 * math.pi)
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+    return frequency * (keep + (1 - keep) / s["factor"])
+
+
+class Product:
+    """x W^T for a W (O, C) that is kept as it is: the default of Decoder's `product`."""
+
+    def __init__(self, W):
+        self.W = W.detach().clone()
+
+    def __call__(self, x):
+        return F.linear(x, self.W)
+
+    def rows(self, ids):
+        return F.embedding(ids, self.W)
+
+
+def torch_attention(q, k, v, causal):
+    """q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D); the T queries are the last of the S tokens."""
+    mask = None
+    if causal and 1 < q.size(2) < k.size(2):
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - q.size(2))
+    causal = causal and q.size(2) > 1 and mask is None
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+
+
+class Decoder:
+    """Called as a Llama is, (ids, cache) -> logits, but of the last position; `config` is the model's.
+
+    model: of minimal/llama.py, without adapters (merge them), of one dtype. product: see the module. attention: called
+    with q (B, H, T, D), k, v (B, Hkv, S, D), which are views of longer buffers, and causal. block: None, or what takes
+    the place of `block` below for T = 1, such as fused_linear.llama_block. context: tokens at most, by default the
+    model's. ValueError: a model of another kind, or with hooks."""
+
+    def __init__(self, model, product=Product, attention=torch_attention, block=None, context=None):
+        if not all(hasattr(getattr(model, "model", None), name) for name in ("embed_tokens", "layers", "norm")):
+            raise ValueError(f"model={type(model).__name__} is no Llama; wanted one of minimal/llama.py")
+        if hooked := [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]:
+            raise ValueError(f"layer {hooked[0]!r} has a hook, such as an adapter; wanted it merged or removed")
+        self.config, self.attention, self.one = model.config, attention, block
+        with torch.no_grad():
+            self.layers = [self._layer(block, product) for block in model.model.layers]
+            self.norm = model.model.norm.weight.detach().clone()
+            self.head = product(model.lm_head.weight)
+            tied = model.lm_head.weight is model.model.embed_tokens.weight and hasattr(self.head, "rows")
+            self.embed = self.head if tied else Product(model.model.embed_tokens.weight)
+            self.context = context or self.config.max_position_embeddings
+            at = torch.arange(self.context, dtype=torch.float32, device=self.norm.device)
+            angle = at[:, None] * rotary_frequencies(self.config, device=self.norm.device)  # (P, D/2)
+            self.cos = torch.cat((angle.cos(), angle.cos()), 1).to(self.norm.dtype)  # (P, D)
+            self.sin = torch.cat((-angle.sin(), angle.sin()), 1).to(self.norm.dtype)  # (P, D)
+
+    @staticmethod
+    def _layer(block, product):
+        a, m = block.self_attn, block.mlp
+        return types.SimpleNamespace(
+            norms=[n.weight.detach().clone() for n in (block.input_layernorm, block.post_attention_layernorm)],
+            qkv=product(torch.cat((a.q_proj.weight, a.k_proj.weight, a.v_proj.weight))),
+            o=product(a.o_proj.weight),
+            gate_up=product(torch.cat((m.gate_proj.weight, m.up_proj.weight))),
+            down=product(m.down_proj.weight),
+        )
+
+    @torch.inference_mode()
+    def __call__(self, ids, cache=None):
+        """ids int64 (B, T) -> logits (B, 1, V) for the token after the last. cache: None, or a list, empty at first,
+        which is given back at each call: it then holds the buffers, and how much of them is filled.
+
+        ValueError: other shapes, more tokens than the context, another number of rows than before."""
+        if ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
+            raise ValueError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}: wanted token ids of shape (batch, tokens)")
+        c, (B, T), state = self.config, ids.shape, cache[0] if cache else types.SimpleNamespace(length=0, kv=[])
+        start, end = state.length, state.length + T
+        if end > self.context:
+            raise ValueError(f"ids: {start} cached + {T} new tokens do not fit the context, {self.context}")
+        if state.kv and state.kv[0].size(0) != B:
+            raise ValueError(f"ids have {B} rows: wanted the cache's {state.kv[0].size(0)}")
+        self._reserve(state, B, end)
+        x = self.embed.rows(ids.flatten())  # (B T, C)
+        for layer, kv in zip(self.layers, state.kv, strict=True):
+            if T == 1 and self.one is not None:
+                x = self.one(x, layer, kv, self.cos[start], self.sin[start], start, c.rms_norm_eps)
+            else:
+                x = self.block(x, layer, kv, start, end)
+        state.length = end
+        if cache is not None:
+            cache[:] = [state]
+        x = x.view(B, T, -1)[:, -1]  # (B, C)
+        return self.head(F.rms_norm(x, x.shape[-1:], self.norm, c.rms_norm_eps)).view(B, 1, -1)
+
+    def block(self, x, layer, kv, start, end):
+        """x (B T, C) of places start to end -> the same after the layer; kv (B, 2 Hkv, P, D) is written there."""
+        H, Hkv, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        (B, T, C), eps, half = (len(kv), end - start, x.size(1)), self.config.rms_norm_eps, D // 2
+        qkv = layer.qkv(F.rms_norm(x, (C,), layer.norms[0], eps)).view(B, T, H + 2 * Hkv, D)
+        qk, v = qkv.split((H + Hkv, Hkv), dim=2)  # (B, T, H + Hkv, D), (B, T, Hkv, D)
+        rolled = torch.cat((qk[..., half:], qk[..., :half]), -1)
+        turned = torch.addcmul(qk * self.cos[start:end, None], rolled, self.sin[start:end, None])
+        kv[:, :Hkv, start:end] = turned[:, :, H:].transpose(1, 2)
+        kv[:, Hkv:, start:end] = v.transpose(1, 2)
+        seen = kv[:, :, :end]
+        y = self.attention(turned[:, :, :H].transpose(1, 2), seen[:, :Hkv], seen[:, Hkv:], causal=True)
+        x = layer.o(y.transpose(1, 2).reshape(B * T, H * D)).add_(x)
+        gate, up = layer.gate_up(F.rms_norm(x, (C,), layer.norms[1], eps)).chunk(2, -1)
+        return layer.down(F.silu(gate).mul_(up)).add_(x)
+
+    def _reserve(self, state, B, length):
+        """Buffers (B, 2 Hkv, at least `length`, D); grown by doubling, so that copying costs a constant per token."""
+        have = state.kv[0].size(2) if state.kv else 0
+        if length <= have:
+            return
+        size = min(max(length, 2 * have, 256), self.context)
+        shape = B, 2 * self.config.num_key_value_heads, size, self.config.head_dim
+        for i in range(len(self.layers)):
+            new = torch.zeros(shape, dtype=self.norm.dtype, device=self.norm.device)
+            if have:
+                new[:, :, :have] = state.kv[i]
+                state.kv[i] = new
+            else:
+                state.kv.append(new)
+
+
+if __name__ == "__main__":
+    import time
+
+    class Block(torch.nn.Module):  # the parts of minimal/llama.py that are read here, with random weights
+        def __init__(self, C, Hkv, F):
+            super().__init__()
+            linear = lambda i, o: torch.nn.Linear(i, o, bias=False)  # noqa: E731
+            self.input_layernorm, self.post_attention_layernorm = torch.nn.RMSNorm(C), torch.nn.RMSNorm(C)
+            self.self_attn, self.mlp = torch.nn.Module(), torch.nn.Module()
+            self.self_attn.q_proj, self.self_attn.o_proj = linear(C, C), linear(C, C)
+            self.self_attn.k_proj, self.self_attn.v_proj = linear(C, Hkv * 32), linear(C, Hkv * 32)
+            self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj = linear(C, F), linear(C, F), linear(F, C)
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = torch.nn.Module()
+    model.config = types.SimpleNamespace(
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, hidden_size=128, rms_norm_eps=1e-5,
+        max_position_embeddings=4096, rope_theta=10000.0, rope_scaling=None,
+    )  # fmt: skip
+    model.model, model.lm_head = torch.nn.Module(), torch.nn.Linear(128, 500, bias=False)
+    model.model.embed_tokens, model.model.norm = torch.nn.Embedding(500, 128), torch.nn.RMSNorm(128)
+    model.model.layers = torch.nn.ModuleList(Block(128, 2, 384) for _ in range(8))
+    decoder, ids = Decoder(model), torch.randint(500, (1, 3000))
+    cache, whole = [], decoder(ids[:, :60])
+    pieces = [decoder(piece, cache) for piece in ids[:, :60].split((31, 1, 1, 20, 7), dim=1)]
+    print(f"60 tokens at once and in pieces: logits off by {(pieces[-1] - whole).abs().max():.0e}")
+    for have in (100, 1000, 3000):
+        cache = []
+        decoder(ids[:, :have], cache)
+        start = time.perf_counter()
+        for _ in range(100):
+            decoder(ids[:, :1], cache)
+        took, state = (time.perf_counter() - start) / 100, cache[0]
+        held = sum(t.nbytes for t in state.kv) / 1e6
+        print(f"after {have:4d} tokens: {1e3 * took:.2f} ms a token, {held:4.1f} MB for {state.length} tokens")
