@@ -130,7 +130,7 @@ KINDS = {"int8": (encode_int8, decode_int8), "int4": (encode_int4, decode_int4),
 
 
 def round_activations(x):
-    """x (..., C) in 8 bits, a scale max |x| / 127 for each 32 columns: one for a row costs SmolLM2 six times as much."""
+    """x (..., C) in 8 bits, a scale max |x| / 127 for each 32 columns: one for a row costs SmolLM2 six times more."""
     groups = F.pad(x.float(), (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))  # (..., G, 32)
     scale = groups.abs().amax(-1, keepdim=True) / 127  # (..., G, 1)
     return ((groups / scale.clamp_min(_TINY)).round() * scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
