@@ -151,7 +151,6 @@ def smollm2(table, train, held, rows):
             row(part, "int8", plain, "int8")
         row(part, "int8, head int8", plain, "int8", **HEAD)
         row(part, "int8, head int8, dynamic", plain, "int8", **HEAD, dynamic=True)
-        row(part, "int8, head int8, dynamic by 32", plain, "int8", **HEAD, dynamic=32)
         row(part, "int4 min-max", plain, "int4")
         if part == "shuffled":
             row(part, "int4 symmetric", plain, "int4", grid=calibrate.symmetric)
