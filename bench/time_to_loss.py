@@ -12,6 +12,7 @@ Rules, for both sides
     Each prediction sees at most 64 characters, in training and in the evaluation, where windows do not overlap: the
     first character of one is predicted from one character. All are scored, as is the shorter window at the end.
     The number of steps is fixed beforehand and there is one evaluation, after the last; a seed that misses is a miss.
+    Ours was chosen on this very split, as recipes for this text are: with the seeds 1 to 25, so take others.
 
     theirs    GPT2LMHeadModel, 4 blocks, 4 heads, width 128, no dropout, eager; AdamW, 2,000 steps of 12 x 64, a rate
               of 1e-3 down to 1e-4 by a cosine after 100 steps of warm-up, betas 0.9 and 0.99, decay 0.1 of matrices,
@@ -188,7 +189,7 @@ def timed(side, text, seed, threads):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=pathlib.Path, required=True, help=f"the text, which is at {SOURCE}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--run", choices=["ours", "theirs"], help="one side, here, with the first seed; prints JSON")
     args = parser.parse_args()
