@@ -15,7 +15,7 @@ documents, a window, ALiBi, a soft cap and rotary positions are inside; a row wi
     print(fused.why_not(q, k, v) or "fused")        # one line: why the slow path runs
 
 MINIMAL_FUSED=0 in the environment, read at import, forces plain PyTorch; MINIMAL_FUSED=cuda lets tensors on a GPU take
-the CUDA kernels, which no GPU has run yet: else they take PyTorch's. `python -m minimal.fused` shows what runs.
+the CUDA kernels, faster than PyTorch's on an H100 with documents and windows only. `python -m minimal.fused` says.
 Here are the operators' rules: fake (shapes, for torch.compile and torch.export) and autograd (once differentiable).
 
 Letters: B batch, H query heads, Hkv key and value heads, Tq queries, Tk keys, D head size, Dv value size.
