@@ -7,6 +7,7 @@ training one minimises, by which optimiser.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -381,17 +382,19 @@ fused_product.unpack = fused_linear.unpack
 def decoder(model, kind="none"):
     """What text is written with: a Llama in few operations, its weights in float32, "int8" or "int4" (and activations
     in 8 bits); of other models, devices and kinds, and with adapters in it, the model itself, quantised if asked."""
-    fits = isinstance(model, Llama) and {p.dtype for p in model.parameters()} == {torch.float32} and kind != "nf4"
-    if not fits or model.lm_head.weight.device.type != "cpu" or any(m._forward_hooks for m in model.modules()):
-        if kind != "none":
-            quant.quantise(model, kind, linear=fused_product)
-        return model
 
     def product(W):
         held = {"weight": W.detach()} if kind == "none" else quant.KINDS[kind][0](W.detach())
         return fused_linear.Product("float32" if kind == "none" else kind, W.shape, **held)
 
-    return Decoder(model, product, fused.attention, fused_linear.llama_block if fused_linear.available() else None)
+    if isinstance(model, Llama) and {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}:
+        with contextlib.suppress(ValueError):  # an adapter, a prefix or a prompt, or codes already
+            if kind != "nf4":
+                block = fused_linear.llama_block if fused_linear.available() else None
+                return Decoder(model, product, fused.attention, block)
+    if kind != "none":
+        quant.quantise(model, kind, linear=fused_product)
+    return model
 
 
 def spare(s, model):

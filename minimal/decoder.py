@@ -27,6 +27,7 @@ Letters: B batch, T new tokens, P context, H query heads, Hkv key-value heads, D
 """
 
 import math
+import re
 import types
 
 import torch
@@ -73,13 +74,17 @@ class Decoder:
     model: of minimal/llama.py, without adapters (merge them), of one dtype. product: see the module. attention: called
     with q (B, H, T, D), k, v (B, Hkv, S, D), which are views of longer buffers, and causal. block: None, or what takes
     the place of `block` below for T = 1, such as fused_linear.llama_block. context: tokens at most, by default the
-    model's. ValueError: a model of another kind, or with hooks."""
+    model's. ValueError: a model of another kind, with hooks, or with other parameters."""
 
     def __init__(self, model, product=Product, attention=torch_attention, block=None, context=None):
         if not all(hasattr(getattr(model, "model", None), name) for name in ("embed_tokens", "layers", "norm")):
             raise ValueError(f"model={type(model).__name__} is no Llama; wanted one of minimal/llama.py")
         if hooked := [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]:
             raise ValueError(f"layer {hooked[0]!r} has a hook, such as an adapter; wanted it merged or removed")
+        known = re.compile(r"(model\.(embed_tokens|norm|layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|"
+                           r"input_layernorm|post_attention_layernorm))|lm_head)\.weight")  # fmt: skip
+        if other := [n for n, _ in model.named_parameters() if not known.fullmatch(n)]:
+            raise ValueError(f"parameter {other[0]!r} is no Llama's, such as a prefix; wanted it merged or removed")
         self.config, self.attention, self.one = model.config, attention, block
         with torch.no_grad():
             self.layers = [self._layer(block, product) for block in model.model.layers]

@@ -16,6 +16,8 @@ from minimal.decoder import Decoder
 from minimal.generate import generate
 from minimal.llama import Llama, LlamaConfig
 from minimal.lora import add_lora
+from minimal.prefix import add_prefix
+from minimal.prompt import add_prompt
 
 needs_operators = pytest.mark.skipif(not fused_linear.available(), reason=f"{fused_linear.why_not()}")
 KINDS = ("float32", "bfloat16", "int8", "int4")
@@ -127,6 +129,10 @@ def test_errors():
     add_lora(model, rank=2)
     with pytest.raises(ValueError, match="has a hook"):
         Decoder(model)
+    for add, named in ((add_prefix, "attention"), (add_prompt, "prompt")):
+        with pytest.raises(ValueError, match=f"parameter '.*{named}.*' is no Llama's"):
+            add(model := llama(), 3)
+            Decoder(model)
     with pytest.raises(ValueError, match="Linear is no Llama"):
         Decoder(torch.nn.Linear(3, 3))
 

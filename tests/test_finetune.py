@@ -880,7 +880,7 @@ def test_shots_of_a_model_that_reads_no_prompt(capsys):
 
 def test_a_llama_writes_with_weights_in_few_bits(capsys):
     """--sample and --chat of a Llama take decoder.py: the same text, and with --quantise-base another's weights."""
-    flags = [*TINY, "--seq-len", "64", "--model", "llama", "--data", chats(), "--steps", "2"]
+    flags = [*TINY, "--seq-len", "200", "--model", "llama", "--data", chats(), "--steps", "2"]
     train.main([*flags, "--out", "out/llama"])
     capsys.readouterr()
 
@@ -901,3 +901,10 @@ def test_a_llama_writes_with_weights_in_few_bits(capsys):
     assert [d.head.how[0] for d in taken] == ["int8", "int4"]
     assert says("--quantise-base", "nf4").startswith("What")
     fails(["--base", "out/llama", "--eval", "--quantise-base", "int4"], capsys, "--quantise-base int4")
+    for method in ("lora", "prefix", "prompt"):  # these the decoder would leave out
+        train.main([*flags, "--base", "out/llama", "--seq-len", "128", "--finetune", method, "--out", f"out/{method}"])
+        capsys.readouterr()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(uses, "decoder", lambda model, kind: model)
+            slow = says("--base", f"out/{method}")
+        assert says("--base", f"out/{method}") == slow
