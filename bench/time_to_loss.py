@@ -208,13 +208,13 @@ def main():
         rows.append(dict(seed=seed, ratio=ratio, cpu_ratio=cpu, passed=a["loss"] <= TARGET, ours=a, theirs=b))
         print(f"{seed:6} {a['seconds']:8.1f} {b['seconds']:8.1f} {ratio:6.1f} {a['cpu_seconds']:8.1f} "
               f"{b['cpu_seconds']:8.1f} {cpu:6.1f} {a['loss']:8.4f} {b['loss']:8.4f}", flush=True)  # fmt: skip
-    ratio, cpu = (statistics.median(r[name] for r in rows) for name in ("ratio", "cpu_ratio"))
+        ratio, cpu = (statistics.median(r[name] for r in rows) for name in ("ratio", "cpu_ratio"))
+        result = dict(threads=args.threads, target=TARGET, ratio=ratio, cpu_ratio=cpu, rows=rows)
+        path = ROOT / "bench" / "time_to_loss.json"  # after each seed, as they take long
+        path.with_suffix(".json.tmp").write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(path.with_suffix(".json.tmp"), path)
     passed = sum(r["passed"] for r in rows)
     print(f"median ratio {ratio:.1f}, of CPU seconds {cpu:.1f}; ours passed with {passed} of {len(rows)} seeds")
-    path = ROOT / "bench" / "time_to_loss.json"
-    result = dict(threads=args.threads, target=TARGET, ratio=ratio, cpu_ratio=cpu, rows=rows)
-    path.with_suffix(".json.tmp").write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(path.with_suffix(".json.tmp"), path)
 
 
 if __name__ == "__main__":
