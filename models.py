@@ -24,8 +24,10 @@ from minimal import (
     adversarial,
     fused,
     fused_linear,
+    fused_mlp,
     gguf_format,
     gguf_llama,
+    lean_gpt,
     lora,
     prefix,
     prompt,
@@ -398,10 +400,12 @@ def decoder(model, kind="none"):
 
 
 def spare(s, model):
-    """Less is kept for the backward pass: a Llama's LoRA goes by hand, other blocks are recomputed if asked."""
+    """Faster, and less is kept for the backward pass: by hand of a GPT and of a Llama's LoRA; recomputed if asked."""
     lean_kind = isinstance(model, Llama) and s.finetune == "lora" and s.dtype == "float32"
     if lean_kind and not (s.dora or s.lora_dropout or s.dropout or s.compile):
-        make_lean(model, s.recompute)
+        make_lean(model, s.recompute, fused_mlp.swiglu, fused_mlp.swiglu_backward)
+    elif isinstance(model, GPT) and s.dtype == "float32" and not (s.dropout or s.compile or s.recompute):
+        lean_gpt.make_lean(model, fused_mlp.gelu, fused_mlp.gelu_backward)
     elif s.recompute:
         add_recompute(model)
 

@@ -24,7 +24,8 @@ import sys
 
 from setuptools import setup
 
-SOURCES = [f"csrc/{name}_cpu.cpp" for name in ("softmax", "attention", "decode", "linear", "block")] + ["csrc/ops.cpp"]
+KERNELS = "softmax", "attention", "decode", "linear", "block", "pointwise"
+SOURCES = [f"csrc/{name}_cpu.cpp" for name in KERNELS] + ["csrc/ops.cpp"]
 WANTED = os.environ.get("MINIMAL_BUILD_EXTENSION", "auto")  # 0, 1 or auto
 CUDA = os.environ.get("MINIMAL_CUDA", "auto")  # 0, 1, auto or cross
 

@@ -31,7 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
 
-from minimal import fused, lean, lora, quant  # noqa: E402
+from minimal import fused, fused_mlp, lean, lora, quant  # noqa: E402
 from minimal.attention import attention  # noqa: E402
 from minimal.gguf_llama import read_llama  # noqa: E402
 from minimal.llama import Llama  # noqa: E402
@@ -55,7 +55,7 @@ def ours(side):
     if "4 bits" in side:
         quant.quantise(model, "nf4", linear=fused_product)
     lora.add_lora(model, rank=8, alpha=16)
-    lean.make_lean(model.train(), recompute="recompute" in side)
+    lean.make_lean(model.train(), "recompute" in side, fused_mlp.swiglu, fused_mlp.swiglu_backward)
     optimiser = torch.optim.AdamW(lora.lora_parameters(model), lr=1e-4, fused=True)
 
     def loss(ids):

@@ -81,6 +81,13 @@ struct Block {
 };
 void llama_block(const Block& a, Parallel parallel);
 
+// Over n numbers without gaps (pointwise_cpu.cpp): y = gelu(x) in its tanh form, dx = grad gelu'(x); y = silu(g) u; the
+// gradients to g and u.
+void gelu(int64_t n, const float* x, float* y, Parallel parallel);
+void gelu_backward(int64_t n, const float* grad, const float* x, float* dx, Parallel parallel);
+void swiglu(int64_t n, const float* g, const float* u, float* y, Parallel parallel);
+void swiglu_backward(int64_t n, const float* grad, const float* g, const float* u, float* dg, float* du, Parallel parallel);
+
 // The instruction sets compiled in that this processor can run, best first, comma-separated ("avx512,avx2,generic");
 // and the choice of one by name ("" for the best; MINIMAL_ISA in the environment sets the first choice). False: unknown name.
 const char* instruction_sets();

@@ -348,6 +348,62 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
   return {dq, dk, dv};
 }
 
+// ---------------------------------------------------------------------------------------------------- gates of an MLP
+
+// float32 of up to four dimensions without gaps; `like`: the shape wanted.
+float* numbers(const char* op, const char* name, const Tensor& t, const Tensor* like = nullptr, const char* as = nullptr) {
+  const View v = view(op, name, t, kFloat32, 0);
+  if (like) {
+    bool same = t.dim() == like->dim();
+    for (int64_t d = 0; same && d < t.dim(); d++) same = t.sizes()[d] == like->sizes()[d];
+    STD_TORCH_CHECK(same, op, ": ", name, " has shape ", shape(t), "; wanted ", shape(*like), ", as ", as);
+  }
+  int64_t stride = 1;
+  bool whole = true;
+  for (int64_t d = 3; d >= 0; d--) {
+    whole &= v.size[d] <= 1 || v.stride[d] == stride;
+    stride *= v.size[d] > 0 ? v.size[d] : 1;
+  }
+  STD_TORCH_CHECK(whole || v.data == nullptr, op, ": ", name, " of shape ", shape(t),
+                  " has gaps or swapped dimensions; wanted a contiguous tensor");
+  return static_cast<float*>(v.data);
+}
+Tensor numbers_like(const char* op, const Tensor& t) {
+  Sizes own{};
+  for (int64_t d = 0; d < t.dim(); d++) own[d] = t.sizes()[d];
+  return empty(op, own, t.dim(), Type::f32);
+}
+float* data_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+Tensor gelu(const Tensor& x) {
+  const char* op = "minimal::gelu";
+  const float* in = numbers(op, "x", x);
+  Tensor y = numbers_like(op, x);
+  if (x.numel()) minimal::gelu(x.numel(), in, data_of(y), parallel);
+  return y;
+}
+Tensor gelu_backward(const Tensor& grad, const Tensor& x) {
+  const char* op = "minimal::gelu_backward";
+  const float *in = numbers(op, "x", x), *g = numbers(op, "grad", grad, &x, "x");
+  Tensor dx = numbers_like(op, x);
+  if (x.numel()) minimal::gelu_backward(x.numel(), g, in, data_of(dx), parallel);
+  return dx;
+}
+Tensor swiglu(const Tensor& gate, const Tensor& up) {
+  const char* op = "minimal::swiglu";
+  const float *g = numbers(op, "gate", gate), *u = numbers(op, "up", up, &gate, "gate");
+  Tensor y = numbers_like(op, gate);
+  if (gate.numel()) minimal::swiglu(gate.numel(), g, u, data_of(y), parallel);
+  return y;
+}
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& gate, const Tensor& up) {
+  const char* op = "minimal::swiglu_backward";
+  const float *g = numbers(op, "gate", gate), *u = numbers(op, "up", up, &gate, "gate"), *d = numbers(op, "grad", grad, &gate, "gate");
+  Tensor dg = numbers_like(op, gate), du = numbers_like(op, gate);
+  if (gate.numel()) minimal::swiglu_backward(gate.numel(), d, g, u, data_of(dg), data_of(du), parallel);
+  return {dg, du};
+}
+
 // ---------------------------------------------------------------------------------------------------- linear layers
 
 // Letters here: N rows of x, O outputs and C inputs of the layer.
@@ -568,6 +624,13 @@ STABLE_TORCH_LIBRARY(minimal, m) {
   m.def("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " MINIMAL_OPTIONS
         ") -> (Tensor, Tensor, Tensor)");
 
+  // Between the products of an MLP, float32 without gaps: GELU in its tanh form; silu(gate) up, and the
+  // gradients to gate and up.
+  m.def("gelu(Tensor x) -> Tensor");
+  m.def("gelu_backward(Tensor grad, Tensor x) -> Tensor");
+  m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+
   // Linear layers with a weight (O, C) in few bits (kernels.h says how), for few rows x (N, C) -> (N, O) of x's dtype, and
   // the weight itself in floats. dynamic: x is rounded to 8 bits, in groups of 32 columns. nf4: C is a multiple of 64.
 #define MINIMAL_NF4 "Tensor codes, Tensor absmax, Tensor scale, Tensor mean, Tensor levels, "
@@ -591,6 +654,10 @@ STABLE_TORCH_LIBRARY_IMPL(minimal, CPU, m) {
   m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("gelu", TORCH_BOX(&gelu));
+  m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
+  m.impl("swiglu", TORCH_BOX(&swiglu));
+  m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
   m.impl("llama_block", TORCH_BOX(&llama_block));
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("linear_int4", TORCH_BOX(&linear_int4));

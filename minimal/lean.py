@@ -30,6 +30,17 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def swiglu(g, u):
+    """silu(g) u of each number; both of one shape."""
+    return F.silu(g).mul_(u)
+
+
+def swiglu_backward(d, g, u):
+    """The gradients to g and u; d is overwritten."""
+    du = F.silu(g).mul_(d)
+    return torch.ops.aten.silu_backward(d.mul_(u), g), du
+
+
 def _product(layer, x):
     """x (N, C) -> the layer's output with its adapter, (N, O), and h = x A^T (N, r) or None."""
     y, lora = layer.forward(x), getattr(layer, "lora", None)  # without its hooks, and without gradient
@@ -84,7 +95,7 @@ class _Block(torch.autograd.Function):
         a += x
         m = _norm(norms[1], a, r2 := _inverse_norm(norms[1], a))
         (g, hg), (u, hu) = _product(gate, m), _product(up, m)
-        y, hd = _product(down, F.silu(g).mul_(u))
+        y, hd = _product(down, block.lean_gate[0](g, u))
         ctx.block, ctx.angles, ctx.attended = block, angles, (seen, q, k, v)
         kept = (None, None) if recompute else (g, u)
         ctx.save_for_backward(x, r1, hq, hk, hv, ho, a, r2, hg, hu, hd, *kept)
@@ -104,13 +115,12 @@ class _Block(torch.autograd.Function):
         m = _norm(norms[1], a, r2)
         if g is None:
             g, u = _product(gate, m)[0], _product(up, m)[0]  # (N, F)
-        s = F.silu(g)
-        d, of_down = _product_back(down, G, s * u, hd)  # (N, F)
-        du = s.mul_(d)
-        dg = torch.ops.aten.silu_backward(d.mul_(u), g)
+        swiglu, swiglu_backward = block.lean_gate
+        d, of_down = _product_back(down, G, swiglu(g, u), hd)  # (N, F)
+        dg, du = swiglu_backward(d, g, u)
         dm, of_gate = _product_back(gate, dg, m, hg)
         dm, of_up = _product_back(up, du, m, hu, dm)
-        del m, s, d, du, dg, g, u
+        del m, d, du, dg, g, u
         da = _norm_back(norms[1], dm, a, r2).add_(G)
         flat = seen.detach().transpose(1, 2).reshape(B * T, -1)
         d, of_o = _product_back(o_proj, da, flat, ho)
@@ -168,18 +178,19 @@ def _blocks(model):
     return {n: m for n, m in model.named_modules() if all(hasattr(m, w) for w in wanted) and hasattr(m, "config")}
 
 
-def make_lean(model, recompute=False):
+def make_lean(model, recompute=False, swiglu=swiglu, swiglu_backward=swiglu_backward):
     """Lets each block of a Llama train its adapters as this file does, in place; returns the names of the blocks.
 
-    Before or after add_lora and quantise. recompute: half of the memory, for about a fifth more time. Parameters, names
-    and hooks stay. A forward pass serves one backward pass: RuntimeError at the next. ValueError: no such block."""
+    Before or after add_lora and quantise. recompute: half of the memory, for about a fifth more time. swiglu and its
+    backward: without a graph, such as those of minimal/fused_mlp.py. Parameters, names and hooks stay. A forward pass
+    serves one backward pass: RuntimeError at the next. ValueError: no such block."""
     blocks = _blocks(model)
     if not blocks:
         raise ValueError(f"model={type(model).__name__} has no blocks like Llama's; wanted one of minimal/llama.py")
     for block in blocks.values():
         if not isinstance(block, _Lean):
             block.__class__ = type(type(block).__name__, (_Lean, type(block)), {})
-        block.lean_recompute = recompute
+        block.lean_recompute, block.lean_gate = recompute, (swiglu, swiglu_backward)
     return list(blocks)
 
 
@@ -188,7 +199,7 @@ def make_plain(model):
     blocks = {n: m for n, m in _blocks(model).items() if isinstance(m, _Lean)}
     for block in blocks.values():
         block.__class__ = type(block).__mro__[2]
-        del block.lean_recompute
+        del block.lean_recompute, block.lean_gate
     return list(blocks)
 
 

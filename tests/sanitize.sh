@@ -14,8 +14,8 @@ trap 'rm -rf "$folder"' EXIT
 
 cp -r "$root/csrc" "$root/setup.py" "$root/pyproject.toml" "$folder"
 mkdir "$folder/minimal" "$folder/tests"
-cp "$root/minimal/__init__.py" "$root/minimal/fused.py" "$root/minimal/fused_linear.py" "$root/minimal/quant.py" "$folder/minimal"
-cp "$root/tests/conftest.py" "$root/tests/test_fused.py" "$root/tests/test_softmax_op.py" "$root/tests/test_fused_linear.py" "$folder/tests"
+cp "$root/minimal/__init__.py" "$root/minimal/fused.py" "$root/minimal/fused_linear.py" "$root/minimal/fused_mlp.py" "$root/minimal/quant.py" "$folder/minimal"
+cp "$root/tests/conftest.py" "$root/tests/test_fused.py" "$root/tests/test_softmax_op.py" "$root/tests/test_fused_linear.py" "$root/tests/test_fused_mlp.py" "$folder/tests"
 : > "$folder/README.md"
 
 cd "$folder"
