@@ -109,38 +109,36 @@ def _context(model):
 
 
 class StaticCache(list):
-    """A model's cache in buffers with room: a token's keys and values are written into their place, whereas with a plain
-    list all S are copied each time. As in a list there is a (k, v) for each layer, (B, H, S, D): views of what is
-    filled, which may be cut or replaced. room: tokens that fit at first; full buffers double. Without gradients only.
+    """A model's cache in buffers with room: a token's keys and values go to their place, where a plain list's are all
+    copied each time. As in a list there is a (k, v) for each layer, (B, H, S, D): views of what is filled, which may be
+    cut or replaced. room: tokens that fit at first; full buffers double. Without gradients only.
     GPT-2 small saves a third of its time a token after 1,000 tokens, over a half after 4,000 (bench/cache.py)."""
 
     def __init__(self, room=256):
         super().__init__()
-        self.room, self.buffers = room, {}  # (layer, 0 of k or 1 of v) -> (B, H, room, D)
+        self.room, self.buffers = room, {}  # of each layer (2, B, H, room, D)
 
     def write(self, layer, k, v):
-        """The layer's next keys and values, (B, H, T, D) each -> all of them, 2 x (B, H, S + T, D)."""
-        held, whole = self[layer] if layer < len(self) else (k[:, :, :0], v[:, :, :0]), []
-        for i, (old, new) in enumerate(zip(held, (k, v), strict=True)):
-            (B, H, S, D), end, buffer = old.shape, old.size(2) + new.size(2), self.buffers.get((layer, i))
-            # What the caller has put in the place of a view, such as some rows of it, is copied as well.
-            if buffer is None or buffer.size(2) < end or buffer.size(0) != B or buffer.data_ptr() != old.data_ptr():
-                buffer = self.buffers[layer, i] = new.new_empty(B, H, max(end, 2 * S, self.room), D)
-                buffer[:, :, :S] = old
-            buffer[:, :, S:end] = new
-            whole.append(buffer[:, :, :end])
-        self[layer : layer + 1] = [tuple(whole)]
-        return whole
+        """The layer's next keys and values, (B, H, T, D) each -> all that it holds, 2 x (B, H, S + T, D)."""
+        old = self[layer] if layer < len(self) else (k[:, :, :0], v[:, :, :0])
+        (B, H, S, D), end, buffer = old[0].shape, old[0].size(2) + k.size(2), self.buffers.get(layer)
+        mine = buffer is not None and all(t.is_set_to(b[:, :, :S]) for t, b in zip(old, buffer, strict=True))
+        if not mine or buffer.size(3) < end:  # what the caller has put there, such as some of the rows, is copied too
+            buffer = self.buffers[layer] = k.new_empty(2, B, H, max(end, 2 * S, self.room), D)
+            buffer[:, :, :, :S] = torch.stack(old)
+        buffer[0, :, :, S:end], buffer[1, :, :, S:end] = k, v
+        self[layer : layer + 1] = [tuple(buffer[:, :, :, :end])]
+        return self[layer]
 
 
-def _ends(lengths, device=None):  # documents (B, T), T the longest: 1 at the end of each row, as long as it is, else 0
+def _ends(lengths, device=None):  # documents (B, T), T the longest: a row's last ones, as many as it is long, are 1
     at = torch.arange(max(lengths), 0, -1, device=device)  # (T,)
     return (at <= torch.tensor(lengths, device=device)[:, None]).long()
 
 
 def pad_left(prompts, pad_id=0):
     """Prompts, a list of lists of ids, as one batch: ids and documents, int64 (B, T) each, on the CPU. T is the longest
-    prompt's length; before a shorter one stands pad_id. documents: 0 of padding, 1 of text. ValueError: an empty one."""
+    prompt's length; before a shorter one stands pad_id. documents: 0 padding, 1 text. ValueError: an empty prompt."""
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or not all(lengths):
         raise ValueError(f"prompts of {lengths} tokens: wanted one prompt or more, of at least one token each")
@@ -156,11 +154,11 @@ def stream(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=Non
     prompts of one length, else int64 (B, T), where a row's last run of one number is its prompt (see `pad_left`); the
     model is then called with documents=, for all that it has read. eos_id: a row that has produced it goes on producing
     it; the stream ends when every row has (the last eos_id is yielded). context: the most tokens the model can read,
-    default model.config.n_positions (or max_position_embeddings, or no limit). generator: the torch.Generator to draw from.
+    default model.config.n_positions (or max_position_embeddings, or no limit). generator: what to draw from.
     Between two tokens the model is as the caller left it: its training mode, and the caller's gradient mode.
     Raises ValueError for bad settings, logits with NaN, and lengths that differ where the model takes no documents.
     """
-    if ids.dim() != 2 or ids.size(1) == 0 or ids.is_floating_point():
+    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
         raise ValueError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}: wanted token ids (batch, at least one token)")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: wanted 0 or more")
