@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A token's time with StaticCache beside a plain list, and prompts of several lengths in one batch.
 
-    python bench/generate.py                     # two threads, about four minutes
+    python bench/generate.py                     # two threads, about six minutes
     python bench/generate.py --threads 1 --rounds 9
 
 The models are GPT-2 small, with room for 4,200 positions, and a Llama of SmolLM2-135M's sizes, in float32 with random
@@ -26,6 +26,7 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -38,6 +39,7 @@ from minimal.generate import StaticCache, generate, pad_left  # noqa: E402
 from minimal.gpt import GPT, GPTConfig  # noqa: E402
 from minimal.llama import Llama, LlamaConfig  # noqa: E402
 
+warnings.simplefilter("ignore", FutureWarning)  # transformers renames an argument
 TOKENS, PROMPTS, NEW = 8, [16 * n for n in range(1, 9)], 32
 
 

@@ -112,7 +112,7 @@ class StaticCache(list):
     """A model's cache in buffers with room: a token's keys and values go to their place, where a plain list's are all
     copied each time. As in a list there is a (k, v) for each layer, (B, H, S, D): views of what is filled, which may be
     cut or replaced. room: tokens that fit at first; full buffers double. Without gradients only.
-    GPT-2 small saves a third of its time a token after 1,000 tokens, over a half after 4,000 (bench/generate.py)."""
+    It saves time from about a thousand tokens on, less where few key-value heads keep caches small: bench/generate.py."""
 
     def __init__(self, room=256):
         super().__init__()
