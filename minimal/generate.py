@@ -112,7 +112,7 @@ class StaticCache(list):
     """A model's cache in buffers with room: a token's keys and values go to their place, where a plain list's are all
     copied each time. As in a list there is a (k, v) for each layer, (B, H, S, D): views of what is filled, which may be
     cut or replaced. room: tokens that fit at first; full buffers double. Without gradients only.
-    It saves time from about a thousand tokens on, less where few key-value heads keep caches small: bench/generate.py."""
+    It saves time from about a thousand tokens on, less where few key-value heads keep it small: bench/generate.py."""
 
     def __init__(self, room=256):
         super().__init__()
@@ -174,7 +174,7 @@ def stream(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=Non
     held = [min(n, context) for n in text.sum(1).tolist()]  # how much of each row the model reads as one text
     if min(held) < max(held) and "documents" not in inspect.signature(getattr(model, "forward", model)).parameters:
         raise ValueError(f"prompts of {held} tokens: wanted one length, as {type(model).__name__} takes no documents")
-    new, cache = max(held), StaticCache()  # how many columns of ids it has not read yet, and what it has
+    new, cache = max(held), StaticCache(min(256, max(held) + max_new_tokens))  # columns of ids not read yet, and read
     done = torch.zeros(ids.size(0), dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
         # no_grad, not inference_mode: its tensors could not be trained on later, nor could a table the model keeps.
@@ -200,7 +200,7 @@ def stream(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=Non
         held, new = [n + 1 for n in held], 1
         if max(held) > context:
             held = [n if n <= context else max(1, context // 2) for n in held]
-            new, cache = max(held), StaticCache()
+            new, cache = max(held), StaticCache(cache.room)
 
 
 def generate(model, ids, max_new_tokens, **settings):

@@ -21,6 +21,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from minimal.attention import attention
 from minimal.decoder import Decoder
 from minimal.generate import (
     StaticCache,
@@ -462,6 +463,22 @@ def test_left_padding_is_that_of_transformers(penalty, pair, tmp_path):
             assert torch.equal(generate(ours, ids, 40, documents=documents, **how), want)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GPT(GPTConfig(31, 16, 32, 2, 2, dropout=0.0), attention),
+        lambda: Llama(LlamaConfig(31, 32, 24, 2, 4, 2, max_position_embeddings=16), attention),
+    ],
+)
+def test_rows_under_the_fused_attention_are_each_alone(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3)
+    check_rows(generate, model, [2, 9, 13, 20], 20)
+
+
 def test_rows_beside_a_prefix_are_each_alone():
     model = small_gpt().double()
     add_prefix(model, 3, words=[4, 9])
@@ -540,6 +557,10 @@ def test_a_cache_with_room_copies_only_when_it_is_full():
     assert sorted({(size, where) for where, size, _ in places})[0][0] == 8 and len({*places}) == 40
     assert [size for _, size, _ in places] == [8] * 8 + [16] * 8 + [32] * 16 + [64] * 8
     assert cache[1][0].data_ptr() == cache.buffers[1].data_ptr()  # what the model is given are views
+    seen, forward = [], model.forward
+    model.forward = lambda ids, cache: forward(ids, seen.append(cache) or cache)
+    generate(model, prompts(2, 4), 5)
+    assert len({*map(id, seen)}) == 1 and seen[0].buffers[1].shape == (2, 2, 2, 9, 8)  # no room for more than can come
 
 
 # ---- What the caller keeps ----
