@@ -8,7 +8,7 @@ quantised model on the first. So here, of minimal/llama.py's equations,
     q, k and v are one product, and so are gate and up      W = [W_q; W_k; W_v],  [W_gate; W_up]
     q and k turn together                                   x cos + (x rolled by D/2) (-sin, sin)  from a table
     k and v go to their place in one buffer                 (B, 2 Hkv, P, D), allocated once: no copy of the whole cache
-    the head reads the last position alone                  logits (B, 1, V): what comes before was given
+    the head reads the last position alone                  logits (B, 1, V), or of the last n; the rest was given
 
 The numbers are minimal/llama.py's up to rounding (the test says how near). How W is held and multiplied is an argument:
 
@@ -21,7 +21,7 @@ deleted. It is no nn.Module, and gives no gradients.
     decoder = Decoder(model)                             # or product=..., attention=...
     cache = []
     logits = decoder(ids, cache)                         # (B, T) -> (B, 1, V); reads on where the cache ends
-    for token in stream(decoder, ids, 100): ...          # of minimal/generate.py
+    for token in stream(decoder, ids, 100): ...          # of minimal/generate.py; for speculate(): Decoder(..., last=5)
 
 Letters: B batch, T new tokens, P context, H query heads, Hkv key-value heads, D head size, C width, V vocabulary.
 """
@@ -69,14 +69,17 @@ def torch_attention(q, k, v, causal):
 
 
 class Decoder:
-    """Called as a Llama is, (ids, cache) -> logits, but of the last position; `config` is the model's.
+    """Called as a Llama is, (ids, cache) -> logits, but of the last positions; `config` is the model's.
 
     model: of minimal/llama.py, without adapters (merge them), of one dtype. product: see the module. attention: called
     with q (B, H, T, D), k, v (B, Hkv, S, D), which are views of longer buffers, and causal. block: None, or what takes
     the place of `block` below for T = 1, such as fused_linear.llama_block. context: tokens at most, by default the
-    model's. ValueError: a model of another kind, with hooks, or with other parameters."""
+    model's. last: of how many positions at the end a call gives logits, if it reads so many. ValueError: last below 1,
+    a model of another kind, with hooks, or with other parameters."""
 
-    def __init__(self, model, product=Product, attention=torch_attention, block=None, context=None):
+    def __init__(self, model, product=Product, attention=torch_attention, block=None, context=None, last=1):
+        if last < 1:
+            raise ValueError(f"last = {last!r}: wanted 1 or more positions to give logits of")
         if not all(hasattr(getattr(model, "model", None), name) for name in ("embed_tokens", "layers", "norm")):
             raise ValueError(f"model={type(model).__name__} is no Llama; wanted one of minimal/llama.py")
         if hooked := [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]:
@@ -85,7 +88,7 @@ class Decoder:
                            r"input_layernorm|post_attention_layernorm))|lm_head)\.weight")  # fmt: skip
         if other := [n for n, _ in model.named_parameters() if not known.fullmatch(n)]:
             raise ValueError(f"parameter {other[0]!r} is no Llama's, such as a prefix; wanted it merged or removed")
-        self.config, self.attention, self.one = model.config, attention, block
+        self.config, self.attention, self.one, self.last = model.config, attention, block, last
         with torch.no_grad():
             self.layers = [self._layer(block, product) for block in model.model.layers]
             self.norm = model.model.norm.weight.detach().clone()
@@ -111,8 +114,9 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, ids, cache=None):
-        """ids int64 (B, T) -> logits (B, 1, V) for the token after the last. cache: None, or a list, empty at first,
-        which is given back at each call: it then holds the buffers, and how much of them is filled.
+        """ids int64 (B, T) -> logits (B, n, V) for the tokens after the last n = min(last, T). cache: None, or a list,
+        empty at first, which is given back at each call: it then holds the buffers, and how much of them is filled
+        (`cache[0].length`, which may be set lower, to forget what was read after it).
 
         ValueError: other shapes, more tokens than the context, another number of rows than before."""
         if ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
@@ -133,8 +137,8 @@ class Decoder:
         state.length = end
         if cache is not None:
             cache[:] = [state]
-        x = x.view(B, T, -1)[:, -1]  # (B, C)
-        return self.head(F.rms_norm(x, x.shape[-1:], self.norm, c.rms_norm_eps)).view(B, 1, -1)
+        x = x.view(B, T, -1)[:, -self.last :].flatten(0, 1)  # (B n, C)
+        return self.head(F.rms_norm(x, x.shape[-1:], self.norm, c.rms_norm_eps)).unflatten(0, (B, -1))  # (B, n, V)
 
     def block(self, x, layer, kv, start, end):
         """x (B T, C) of places start to end -> the same after the layer; kv (B, 2 Hkv, P, D) is written there."""

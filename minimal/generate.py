@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Text from a language model: greedy, temperature, top-k, top-p, repetition penalty, stop strings, streaming, a cache.
+"""Text from a language model: greedy, temperature, top-k, top-p, penalty, stop strings, streaming, batches, a cache.
 
 Papers: Holtzman, Buys, Du, Forbes, Choi, "The Curious Case of Neural Text Degeneration" (2019, arXiv 1904.09751) for
 top-p; Fan, Lewis, Dauphin, "Hierarchical Neural Story Generation" (2018, arXiv 1805.04833) for top-k; Keskar, McCann,
@@ -23,6 +23,7 @@ Departures: CTRL divides negative logits too, which would favour the repeated to
 keeps k tokens, never more; which of several equal ones at the cut is left to PyTorch.
 
     ids = generate(model, ids, 100, temperature=0.8, top_p=0.95)                # (B, T) -> (B, T + at most 100)
+    ids, documents = pad_left([[5, 3], [2, 7, 1]]);  ids = generate(model, ids, 100, documents=documents)
     for piece in stream_text(model, tokenizer, "Once", 100, stop="\\n\\n"):
         print(piece, end="", flush=True)
 
@@ -31,9 +32,14 @@ that each call extends. When the context is full, the newer half of the window i
 there, with positions from 0 (learned positions have no others): one slow step every half context. With a cache and
 without, the windows are the same, so the tokens are too.
 
-Letters: B batch, T tokens, V vocabulary.
+Prompts of several lengths are padded on the left, and the padding is a document of its own, which the text does not see
+and after which positions begin at 0 (`documents` of minimal/gpt.py and minimal/llama.py). So each row gives what it
+gives alone, through full contexts too: when one row's is, all are read again.
+
+Letters: B batch, T tokens, V vocabulary; in a cache H heads, S tokens held, D head size.
 """
 
+import inspect
 import math
 from contextlib import contextmanager
 
@@ -102,33 +108,81 @@ def _context(model):
     return None if context is None else context - getattr(model, "position_offset", 0)  # less a prefix's places
 
 
+class StaticCache(list):
+    """A model's cache in buffers with room: a token's keys and values go to their place, where a plain list's are all
+    copied each time. As in a list there is a (k, v) for each layer, (B, H, S, D): views of what is filled, which may be
+    cut or replaced. room: tokens that fit at first; full buffers double. Without gradients only.
+    It saves time from about a thousand tokens on, less where few key-value heads keep it small: bench/generate.py."""
+
+    def __init__(self, room=256):
+        super().__init__()
+        self.room, self.buffers = room, {}  # of each layer (2, B, H, room, D)
+
+    def write(self, layer, k, v):
+        """The layer's next keys and values, (B, H, T, D) each -> all that it holds, 2 x (B, H, S + T, D)."""
+        old = self[layer] if layer < len(self) else (k[:, :, :0], v[:, :, :0])
+        (B, H, S, D), end, buffer = old[0].shape, old[0].size(2) + k.size(2), self.buffers.get(layer)
+        mine = buffer is not None and all(t.is_set_to(b[:, :, :S]) for t, b in zip(old, buffer, strict=True))
+        if not mine or buffer.size(3) < end:  # what the caller has put there, such as some of the rows, is copied too
+            buffer = self.buffers[layer] = k.new_empty(2, B, H, max(end, 2 * S, self.room), D)
+            buffer[:, :, :, :S] = torch.stack(old)
+        buffer[0, :, :, S:end], buffer[1, :, :, S:end] = k, v
+        self[layer : layer + 1] = [tuple(buffer[:, :, :, :end])]
+        return self[layer]
+
+
+def _ends(lengths, device=None):  # documents (B, T), T the longest: a row's last ones, as many as it is long, are 1
+    at = torch.arange(max(lengths), 0, -1, device=device)  # (T,)
+    return (at <= torch.tensor(lengths, device=device)[:, None]).long()
+
+
+def pad_left(prompts, pad_id=0):
+    """Prompts, a list of lists of ids, as one batch: ids and documents, int64 (B, T) each, on the CPU. T is the longest
+    prompt's length; before a shorter one stands pad_id. documents: 0 padding, 1 text. ValueError: an empty prompt."""
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or not all(lengths):
+        raise ValueError(f"prompts of {lengths} tokens: wanted one prompt or more, of at least one token each")
+    ids = [[pad_id] * (max(lengths) - len(prompt)) + [*prompt] for prompt in prompts]
+    return torch.tensor(ids), _ends(lengths)
+
+
 def stream(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, eos_id=None,
-           context=None, use_cache=True, generator=None):  # fmt: skip
+           context=None, use_cache=True, generator=None, documents=None):  # fmt: skip
     """Yield the new tokens of all rows, an int64 (B,) at each step, at most max_new_tokens times.
 
-    ids: int64 (B, T), T at least 1, prompts of one length; of a prompt longer than the context its last part is read.
-    eos_id: a row that has produced it goes on producing it; the stream ends when every row has (the last eos_id is
-    yielded). context: the most tokens the model can read, default model.config.n_positions (or
-    max_position_embeddings, or no limit). generator: the torch.Generator to draw from.
+    ids: int64 (B, T), T at least 1; of a prompt longer than the context its last part is read. documents: None for
+    prompts of one length, else int64 (B, T), where a row's last run of one number is its prompt (see `pad_left`); the
+    model is then called with documents=, for all that it has read. eos_id: a row that has produced it goes on producing
+    it; the stream ends when every row has (the last eos_id is yielded). context: the most tokens the model can read,
+    default model.config.n_positions (or max_position_embeddings, or no limit). generator: what to draw from.
     Between two tokens the model is as the caller left it: its training mode, and the caller's gradient mode.
-    Raises ValueError for bad settings and for logits with NaN.
+    Raises ValueError for bad settings, logits with NaN, and lengths that differ where the model takes no documents.
     """
-    if ids.dim() != 2 or ids.size(1) == 0 or ids.is_floating_point():
+    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
         raise ValueError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}: wanted token ids (batch, at least one token)")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: wanted 0 or more")
     context = _context(model) if context is None else context
     if context is not None and context < 1:
         raise ValueError(f"context = {context}: wanted 1 or more")
-    window = ids if context is None else ids[:, -context:]  # what the model reads as one text
-    new, cache = window, []  # what it has not read yet, and what it has
+    documents = torch.ones_like(ids) if documents is None else documents
+    if documents.shape != ids.shape:
+        raise ValueError(f"documents of shape {tuple(documents.shape)}: wanted that of ids, {tuple(ids.shape)}")
+    text = (documents == documents[:, -1:]).flip(1).cumprod(1).flip(1)  # (B, T), 1 in each row's last document
+    ids = ids.where(text == 1, ids[:, -1:])  # the penalty shall not count padding: the last token stands in for it
+    context = context or math.inf
+    held = [min(n, context) for n in text.sum(1).tolist()]  # how much of each row the model reads as one text
+    if min(held) < max(held) and "documents" not in inspect.signature(getattr(model, "forward", model)).parameters:
+        raise ValueError(f"prompts of {held} tokens: wanted one length, as {type(model).__name__} takes no documents")
+    new, cache = max(held), StaticCache(min(256, max(held) + max_new_tokens))  # columns of ids not read yet, and read
     done = torch.zeros(ids.size(0), dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
         # no_grad, not inference_mode: its tensors could not be trained on later, nor could a table the model keeps.
         # And not around the yield, where it would hold in the caller's code too.
         with torch.no_grad(), _evaluating(model):
-            logits = model(new, cache) if use_cache else model(window)  # (B, T, V)
-            logits = logits[:, -1].float()  # (B, V)
+            how = {} if min(held) == max(held) else {"documents": _ends(held, ids.device)}
+            logits = model(ids[:, -new:], cache, **how) if use_cache else model(ids[:, -max(held) :], **how)
+            logits = logits[:, -1].float()  # (B, T, V) -> (B, V)
             if repetition_penalty != 1.0:
                 logits = penalise_repetition(logits, ids, repetition_penalty)
             logits = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -142,11 +196,11 @@ def stream(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=Non
         yield token
         if eos_id is not None and done.all():
             return
-        new = token[:, None]  # (B, 1)
-        ids, window = torch.cat((ids, new), dim=1), torch.cat((window, new), dim=1)
-        if context is not None and window.size(1) > context:
-            window = window[:, -max(1, context // 2) :]
-            new, cache = window, []
+        ids = torch.cat((ids, token[:, None]), dim=1)
+        held, new = [n + 1 for n in held], 1
+        if max(held) > context:
+            held = [n if n <= context else max(1, context // 2) for n in held]
+            new, cache = max(held), StaticCache(cache.room)
 
 
 def generate(model, ids, max_new_tokens, **settings):
@@ -155,7 +209,10 @@ def generate(model, ids, max_new_tokens, **settings):
 
 
 def _crop(cache, n):  # forget what was read after the first n tokens
-    cache[:] = [(k[:, :, :n], v[:, :, :n]) for k, v in cache]
+    if cache and hasattr(cache[0], "length"):  # minimal/decoder.py's: buffers, and how much of them counts
+        cache[0].length = n
+    else:
+        cache[:] = [(k[:, :, :n], v[:, :, :n]) for k, v in cache]
 
 
 def speculate(model, draft, ids, max_new_tokens, *, guesses=4, temperature=1.0, top_k=None, top_p=None, eos_id=None,
@@ -164,8 +221,9 @@ def speculate(model, draft, ids, max_new_tokens, *, guesses=4, temperature=1.0, 
     with fewer calls of it: one for several tokens, where the draft model guesses well.
 
     ids: int64 (1, T). draft: a model of the same vocabulary, called as `stream` calls the model; guesses: g. The caches
-    of both hold a (k, v) for each layer, (1, H, S, D), and are cut. Other settings and errors as in `stream`;
-    ValueError, too, for more than one row, and where T + max_new_tokens do not fit the context of both.
+    of both hold a (k, v) for each layer, (1, H, S, D), and are cut. Either may be a Decoder of minimal/decoder.py, the
+    model with last = g + 1. Other settings and errors as in `stream`; ValueError, too, for more than one row, where
+    T + max_new_tokens do not fit the context of both, and for a model that gives logits of fewer than g + 1 positions.
     """
     if ids.dim() != 2 or ids.size(0) != 1 or ids.size(1) == 0 or ids.is_floating_point():
         raise ValueError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}: wanted token ids (1, at least one token)")
@@ -178,7 +236,7 @@ def speculate(model, draft, ids, max_new_tokens, *, guesses=4, temperature=1.0, 
     def chances(logits):  # (n, V) -> (n, V)
         return filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p).softmax(-1)
 
-    cache, draft_cache, read, draft_read, left = [], [], 0, 0, max_new_tokens
+    cache, draft_cache, read, draft_read, left = StaticCache(), StaticCache(), 0, 0, max_new_tokens
     while left > 0:
         T, g = ids.size(1), min(guesses, left - 1)
         with torch.no_grad(), _evaluating(model), _evaluating(draft):
@@ -188,6 +246,8 @@ def speculate(model, draft, ids, max_new_tokens, *, guesses=4, temperature=1.0, 
                 draft_read = text.size(1)
                 text = torch.cat((text, torch.multinomial(q[-1], 1, generator=generator)), dim=1)
             p = chances(model(text[:, read:], cache)[0, -g - 1 :])  # (g + 1, V)
+            if len(p) <= g:
+                raise ValueError(f"the model gives logits of {len(p)} positions: wanted {g + 1} (last of a Decoder)")
             accepted = 0
             while accepted < g:
                 x = text[0, T + accepted]

@@ -98,10 +98,11 @@ class CausalSelfAttention(nn.Module):
         (B, T, C), H = x.shape, self.config.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
         q, k, v = (t.view(B, T, H, C // H).transpose(1, 2) for t in (q, k, v))  # 3 x (B, H, T, D), views: no copy
-        if cache is not None:
+        if hasattr(cache, "write"):  # buffers with room, such as StaticCache of minimal/generate.py
+            k, v = cache.write(layer, k, v)  # 2 x (B, H, S, D)
+        elif cache is not None:
             if layer < len(cache):
-                k = torch.cat((cache[layer][0], k), dim=2)  # (B, H, S, D)
-                v = torch.cat((cache[layer][1], v), dim=2)  # (B, H, S, D)
+                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[layer], (k, v), strict=True))  # 2 x (B, H, S, D)
             cache[layer : layer + 1] = [(k, v)]  # replaces the entry, or appends the first one
         p = self.config.dropout if self.training else 0.0
         y = self.attention(q, k, v, causal=True, mask=mask, dropout=p)  # (B, H, T, D)
@@ -138,13 +139,13 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-def apart(documents):
-    """Documents packed into one row, int64 (B, T), a number each: their positions (B, T), which restart at 0 with each,
-    and the mask (B, 1, T, T) within them. A document is a run of one number."""
-    at = torch.arange(documents.size(1), device=documents.device)  # (T,)
-    first = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)  # (B, T)
-    number, positions = first.cumsum(1), at - (at * first).cummax(1).values  # (B, T), (B, T)
-    return positions, (number[:, :, None] == number[:, None])[:, None]
+def apart(documents, past=0):
+    """Documents packed into one row, int64 (B, S), a number each: of all tokens but the first `past`, positions (B, T),
+    which restart at 0 with each document, and the mask (B, 1, T, S) within it. A document is a run of one number."""
+    at = torch.arange(documents.size(1), device=documents.device)  # (S,)
+    first = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)  # (B, S)
+    number, positions = first.cumsum(1), at - (at * first).cummax(1).values  # (B, S), (B, S)
+    return positions[:, past:], (number[:, past:, None] == number[:, None])[:, None]
 
 
 class GPT(nn.Module):
@@ -173,8 +174,8 @@ class GPT(nn.Module):
         """Logits (B, T, V) for the token after each of `ids`, int64 (B, T).
 
         cache: None, or a list that the caller owns: `[]` at first; each call extends its one (k, v) per layer, each
-        (B, H, S, D), and takes positions from their length on. documents: see `apart`; not beside a cache. Raises
-        ValueError for other shapes and when S > n_positions.
+        (B, H, S, D), and takes positions from their length on. documents: (B, S), see `apart`; padding on the left is
+        one too. Raises ValueError for other shapes and when S > n_positions.
         """
         return self.lm_head(self.hidden(ids, cache, documents))  # (B,T,C) x (V,C) -> (B,T,V)
 
@@ -182,14 +183,13 @@ class GPT(nn.Module):
         """What the head reads, (B, T, C); arguments as in `forward`."""
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}: wanted token ids of shape (batch, tokens)")
-        if documents is not None and (cache is not None or documents.shape != ids.shape):
-            raise ValueError(f"documents of shape {tuple(documents.shape)}: wanted that of ids, and no cache beside it")
-        past = self.position_offset + (cache[0][0].size(2) if cache else 0)
-        T, P = ids.size(1), self.config.n_positions
-        if past + T > P:
-            raise ValueError(f"ids: {past} cached + {T} new tokens do not fit the context, n_positions = {P}")
-        positions, mask = (torch.arange(T, device=ids.device), None) if documents is None else apart(documents)
-        x = self.transformer.wte(ids) + self.transformer.wpe(past + positions)  # (B, T, C) + (T, C) -> (B, T, C)
+        (B, T), past, P = ids.shape, cache[0][0].size(2) if cache else 0, self.config.n_positions
+        if documents is not None and documents.shape != (B, past + T):
+            raise ValueError(f"documents of shape {tuple(documents.shape)}: wanted {(B, past + T)}, cached tokens too")
+        if (before := self.position_offset + past) + T > P:
+            raise ValueError(f"ids: {before} cached + {T} new tokens do not fit the context, n_positions = {P}")
+        t, mask = (past + torch.arange(T, device=ids.device), None) if documents is None else apart(documents, past)
+        x = self.transformer.wte(ids) + self.transformer.wpe(self.position_offset + t)  # (B,T,C) + (T,C) or (B,T,C)
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cache, layer, mask)

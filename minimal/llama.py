@@ -130,7 +130,9 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (f(x).unflatten(2, (-1, D)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
         halves = (t.to(cos.dtype).chunk(2, dim=-1) for t in (q, k))  # of q (B, H, T, D) and k (B, Hkv, T, D), as v is
         q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(v.dtype) for a, b in halves)  # R q, R k
-        if cache is not None:
+        if hasattr(cache, "write"):  # buffers with room, such as StaticCache of minimal/generate.py
+            k, v = cache.write(layer, k, v)  # 2 x (B, Hkv, S, D)
+        elif cache is not None:
             if layer < len(cache):
                 k, v = (torch.cat(pair, dim=2) for pair in zip(cache[layer], (k, v), strict=True))  # (B, Hkv, S, D)
             cache[layer : layer + 1] = [(k, v)]  # replaces the entry, or appends the first one
@@ -167,12 +169,12 @@ class Block(nn.Module):
 
 
 # Same as minimal/gpt.py: apart
-def apart(documents):
-    """Documents packed into one row, int64 (B, T), a number each: positions (B, T) and mask (B, 1, T, T); see there."""
-    at = torch.arange(documents.size(1), device=documents.device)  # (T,)
-    first = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)  # (B, T)
-    number, positions = first.cumsum(1), at - (at * first).cummax(1).values  # (B, T), (B, T)
-    return positions, (number[:, :, None] == number[:, None])[:, None]
+def apart(documents, past=0):
+    """Documents packed into one row, int64 (B, S), a number each: positions (B, T) and mask (B, 1, T, S); see there."""
+    at = torch.arange(documents.size(1), device=documents.device)  # (S,)
+    first = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)  # (B, S)
+    number, positions = first.cumsum(1), at - (at * first).cummax(1).values  # (B, S), (B, S)
+    return positions[:, past:], (number[:, past:, None] == number[:, None])[:, None]
 
 
 class Llama(nn.Module):
@@ -197,23 +199,22 @@ class Llama(nn.Module):
     def forward(self, ids, cache=None, documents=None):
         """Logits (B, T, V) for the token after each of `ids`, int64 (B, T). cache: None, or the caller's own list, `[]`
         at first; each call extends its one (k, v) per layer, each (B, Hkv, S, D), and counts on from its length.
-        documents: see `apart`; not beside a cache. ValueError: other shapes, and S > max_position_embeddings."""
+        documents: (B, S), see `apart`; padding on the left is one too. ValueError: other shapes, S > P."""
         return self.lm_head(self.hidden(ids, cache, documents))  # (B,T,C) x (V,C) -> (B,T,V)
 
     def hidden(self, ids, cache=None, documents=None):
         """What the head reads, (B, T, C); arguments as in `forward`."""
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}: wanted token ids of shape (batch, tokens)")
-        if documents is not None and (cache is not None or documents.shape != ids.shape):
-            raise ValueError(f"documents of shape {tuple(documents.shape)}: wanted that of ids, and no cache beside it")
-        past = self.position_offset + (cache[0][0].size(2) if cache else 0)
-        T, P = ids.size(1), self.config.max_position_embeddings
-        if past + T > P:
-            raise ValueError(f"ids: {past} cached + {T} new tokens do not fit max_position_embeddings = {P}")
-        positions, mask = (torch.arange(T, device=ids.device), None) if documents is None else apart(documents)
+        (B, T), past, P = ids.shape, cache[0][0].size(2) if cache else 0, self.config.max_position_embeddings
+        if documents is not None and documents.shape != (B, past + T):
+            raise ValueError(f"documents of shape {tuple(documents.shape)}: wanted {(B, past + T)}, cached tokens too")
+        if (before := self.position_offset + past) + T > P:
+            raise ValueError(f"ids: {before} cached + {T} new tokens do not fit max_position_embeddings = {P}")
+        t, mask = (past + torch.arange(T, device=ids.device), None) if documents is None else apart(documents, past)
         x = F.dropout(self.model.embed_tokens(ids), self.config.dropout, self.training)  # (B, T, C)
         wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 cannot tell position 256 from 257
-        angle = (past + positions).to(wide)[..., None] * rotary_frequencies(self.config, wide, ids.device)
+        angle = (self.position_offset + t).to(wide)[..., None] * rotary_frequencies(self.config, wide, ids.device)
         angles = angle.unsqueeze(-3).cos(), angle.unsqueeze(-3).sin()  # (1, T, D/2) or (B, 1, T, D/2): as every head's
         for layer, block in enumerate(self.model.layers):
             x = block(x, angles, cache, layer, mask)
@@ -300,9 +301,8 @@ class Llama(nn.Module):
                 raise ValueError("read it with minimal/gguf_llama.py: Llama.from_tensors(*read_llama(path))")
             config = json.loads((path := folder / "config.json").read_text(encoding="utf-8"))
             _config(config)  # its errors come first, and with this file's name
-            where, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-            files = [where]
-            if index.exists() and not where.exists():
+            files = [where := folder / "model.safetensors"]
+            if not where.exists() and (index := folder / "model.safetensors.index.json").exists():
                 listed = json.loads((path := index).read_text(encoding="utf-8"))["weight_map"].values()
                 where, files = index, sorted({folder / Path(name).name for name in listed})
             for path in files:

@@ -108,6 +108,20 @@ def test_the_buffers_grow_without_loss(dynamic):
         near(last, as_coded(model, "int8")(ids)[:, -1:], 0.1 if dynamic else 2e-4)
 
 
+def test_logits_of_the_last_positions_and_a_shorter_length():
+    model, ids, cache = llama(), torch.randint(70, (2, 30)), []
+    decoder = Decoder(model, last=3)
+    with torch.no_grad():
+        logits = model.double()(ids)
+    near(decoder(ids[:, :20], cache), logits[:, 17:20])
+    near(decoder(ids[:, 20:22], cache), logits[:, 20:22])
+    decoder(torch.randint(70, (2, 6)), cache)
+    cache[0].length = 22  # forgets what came after
+    near(decoder(ids[:, 22:], cache), logits[:, 27:])
+    with pytest.raises(ValueError, match="last = 0: wanted 1 or more"):
+        Decoder(llama(), last=0)
+
+
 def test_generate_takes_it():
     model, ids = llama(), torch.randint(70, (2, 5))
     wanted = generate(model, ids, 40, temperature=0)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, reject
 from hypothesis import settings as limits
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import LlamaConfig as TheirLlamaConfig
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -20,8 +21,23 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from minimal.generate import filter_logits, generate, penalise_repetition, speculate, stream, stream_text
+from minimal.attention import attention
+from minimal.decoder import Decoder
+from minimal.generate import (
+    StaticCache,
+    filter_logits,
+    generate,
+    pad_left,
+    penalise_repetition,
+    speculate,
+    stream,
+    stream_text,
+)
 from minimal.gpt import GPT, GPTConfig
+from minimal.llama import Llama, LlamaConfig
+from minimal.prefix import add_prefix
+from minimal.prompt import add_prompt
+from minimal.rnn import RNN, RNNConfig
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -314,6 +330,238 @@ def test_context_is_found_by_either_name():
         seen.clear()
         generate(model, torch.zeros(1, 9, dtype=torch.long), 2, temperature=0)
         assert seen == [4, 2]
+
+
+# ---- Prompts of several lengths ----
+
+
+def small_llama(context=16, vocab=31, **changes):
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+    model = Llama(LlamaConfig(vocab, **sizes | changes, num_key_value_heads=2, max_position_embeddings=context))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3)
+    return model.eval()
+
+
+def uneven(lengths, vocab=31):
+    return [prompts(n, vocab=vocab, seed=i).tolist() for i, n in enumerate(lengths)]
+
+
+def check_rows(batched, model, lengths, n, **settings):
+    """Each row of a batch goes on as its prompt does alone."""
+    rows = uneven(lengths)
+    ids, documents = pad_left(rows, pad_id=3)
+    got = batched(model, ids, n, temperature=0, documents=documents, **settings)
+    for row, whole in zip(rows, got, strict=True):
+        alone = generate(model, torch.tensor([row]), n, temperature=0, **settings)[0]
+        assert whole[ids.size(1) - len(row) :].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("small", [small_gpt, small_llama])
+@given(st.integers(1, 16), st.lists(st.integers(1, 24), min_size=1, max_size=4), st.integers(0, 40), st.booleans())
+@limits(max_examples=25)
+def test_rows_of_several_lengths_are_each_alone(small, context, lengths, n, use_cache):
+    """Through full contexts, which the rows reach one after the other."""
+    torch.manual_seed(context)
+    model, rows = small(context).double(), uneven(lengths)
+    ids, documents = pad_left(rows)
+    got = generate(model, ids, n, temperature=0, documents=documents, use_cache=use_cache)
+    assert torch.equal(got[:, : ids.size(1)], ids)
+    for row, whole in zip(rows, got, strict=True):
+        want = by_the_book(model, torch.tensor([row]), n, context)
+        assert torch.equal(whole[ids.size(1) - len(row) :], want[0])
+
+
+def test_rows_with_eos_and_penalty_are_each_alone():
+    torch.manual_seed(0)
+    model, rows = small_gpt(64).double(), uneven([2, 9, 5])
+    how = dict(temperature=0, repetition_penalty=1.7)
+    alone = [generate(model, torch.tensor([row]), 30, **how)[0, len(row) :].tolist() for row in rows]
+    ids, documents = pad_left(rows, pad_id=alone[0][0])  # the penalty, if it counted padding, would be on that
+    assert alone[0][0] not in rows[0]
+    assert generate(model, ids, 30, documents=documents, **how)[:, 9:].tolist() == alone
+    for eos in {row[10] for row in alone}:
+        got = generate(model, ids, 30, documents=documents, eos_id=eos, **how)[:, 9:].tolist()
+        for row, want in zip(got, alone, strict=True):
+            want = want[: want.index(eos) + 1] if eos in want else want
+            assert row == (want + [eos] * 30)[: len(row)]
+
+
+@pytest.mark.parametrize("small", [small_gpt, small_llama])
+def test_rows_are_drawn_from_the_distributions_of_each_alone(small):
+    torch.manual_seed(1)
+    model, rows, n = small(16).double(), uneven([3, 12, 20]), 25
+    seen, forward = [], model.forward
+    model.forward = lambda ids, cache=None, documents=None: seen.append(forward(ids, cache, documents)) or seen[-1]
+    ids, documents = pad_left(rows)
+    got = generate(model, ids, n, top_k=9, documents=documents)
+    model.forward = forward
+    drawn = torch.stack([logits[:, -1] for logits in seen], dim=1)  # (B, n, V)
+    for i, row in enumerate(rows):
+        text, start = got[i, ids.size(1) - len(row) :], max(0, len(row) - 16)
+        for j in range(n):
+            end = len(row) + j
+            start = end - 8 if end - start > 16 else start
+            with torch.no_grad():
+                torch.testing.assert_close(drawn[i, j], model(text[None, start:end])[0, -1])
+
+
+def test_padding_itself_is_never_read():
+    model, rows = small_gpt(), uneven([4, 11, 7])
+    (a, documents), (b, _) = pad_left(rows, 0), pad_left(rows, 30)
+    a, b = (generate(model, ids, 20, temperature=0, documents=documents)[:, 11:] for ids in (a, b))
+    assert torch.equal(a, b)
+    numbered = documents * 5 - torch.tensor([[0], [0], [9]])  # any numbers serve, and the last run of one is the text
+    numbered[0, 2] = 5
+    assert torch.equal(generate(model, pad_left(rows)[0], 20, temperature=0, documents=numbered)[:, 11:], a)
+
+
+def test_traps_of_left_padding():
+    """Variants that pay no heed to the padding, or to where positions begin, do not pass."""
+    torch.manual_seed(0)
+    model = small_gpt(64)
+    check_rows(generate, model, [3, 10], 12)
+
+    def seen(model, ids, n, documents, **settings):  # padding is read as text
+        return generate(model, ids, n, **settings)
+
+    def counted(model, ids, n, documents, **settings):  # masked, but positions begin at the left edge
+        def padded(ids, cache, documents):
+            positions = torch.arange(documents.size(1))[-ids.size(1) :].expand_as(ids)
+            x = model.transformer.wte(ids) + model.transformer.wpe(positions)
+            mask = documents[:, None, -ids.size(1) :, None] == documents[:, None, None]
+            for layer, block in enumerate(model.transformer.h):
+                x = block(x, cache, layer, mask)
+            return model.lm_head(model.transformer.ln_f(x))
+
+        return generate(padded, ids, n, documents=documents, **settings)
+
+    for wrong in (seen, counted):
+        with pytest.raises(AssertionError):
+            check_rows(wrong, model, [3, 10], 12)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_left_padding_is_that_of_transformers(penalty, pair, tmp_path):
+    """The mask tells transformers what is padding. Its penalty counts it, so here one of the row's own tokens pads."""
+    sizes = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(3)
+    llama = LlamaForCausalLM(TheirLlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=64)).eval()
+    with torch.no_grad():
+        for p in llama.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3)
+    llama.save_pretrained(tmp_path)
+    llama.generation_config.eos_token_id, llama.generation_config.pad_token_id = None, 0
+    for theirs, ours in (pair, (llama, Llama.from_pretrained(tmp_path))):
+        ids, documents = pad_left(uneven([7, 2, 12, 12, 1]))
+        ids = ids.where(documents == 1, ids[:, -1:])
+        want = theirs.generate(
+            ids, attention_mask=documents, max_new_tokens=40, do_sample=False, repetition_penalty=penalty
+        )
+        for use_cache in (True, False):
+            how = dict(temperature=0, repetition_penalty=penalty, use_cache=use_cache)
+            assert torch.equal(generate(ours, ids, 40, documents=documents, **how), want)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GPT(GPTConfig(31, 16, 32, 2, 2, dropout=0.0), attention),
+        lambda: Llama(LlamaConfig(31, 32, 24, 2, 4, 2, max_position_embeddings=16), attention),
+    ],
+)
+def test_rows_under_the_fused_attention_are_each_alone(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3)
+    check_rows(generate, model, [2, 9, 13, 20], 20)
+
+
+def test_rows_beside_a_prefix_are_each_alone():
+    model = small_gpt().double()
+    add_prefix(model, 3, words=[4, 9])
+    check_rows(generate, model.eval(), [2, 9, 13], 20)
+    check_rows(generate, model, [2, 9, 13], 20, use_cache=False)
+
+
+def test_several_lengths_are_refused_where_the_model_cannot_keep_padding_apart():
+    ids, documents = pad_left([[1, 2, 3], [4]])
+    prompted = small_gpt()
+    add_prompt(prompted, 3)
+    for model, words in (
+        (Table(torch.zeros(9, 9)), r"prompts of \[3, 1\] tokens: wanted one length, as Table takes no documents"),
+        (RNN(RNNConfig(vocab_size=9)), "as RNN takes no documents"),
+        (Decoder(small_llama()), "as Decoder takes no documents"),
+        (prompted, "documents beside a prompt"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            generate(model, ids, 2, documents=documents)
+        assert "\n" not in str(caught.value)
+    even = generate(Table(torch.randn(9, 9)), ids, 2, documents=torch.ones_like(ids))
+    assert even.shape == (2, 5)  # one length after all
+
+
+def test_what_pad_left_refuses():
+    for wrong in ([], [[1], []]):
+        with pytest.raises(ValueError, match="prompts of .* tokens: wanted one prompt or more, of at least one token"):
+            pad_left(wrong)
+    ids, documents = pad_left([[1, 2, 3], [4]])
+    assert ids.tolist() == [[1, 2, 3], [0, 0, 4]] and documents.tolist() == [[1, 1, 1], [0, 0, 1]]
+    with pytest.raises(ValueError, match=r"documents of shape \(2, 2\): wanted that of ids, \(2, 3\)"):
+        generate(small_gpt(), ids, 2, documents=documents[:, 1:])
+
+
+# ---- The cache with room ----
+
+
+def read_in_pieces(model, cache, seed):
+    """Logits of pieces, the cache now and then cut, its rows taken apart, doubled, or forgotten."""
+    g, logits, rows = torch.Generator().manual_seed(seed), [], 2
+    for _ in range(30):
+        held, step = (cache[0][0].size(2) if cache else 0), int(torch.randint(8, (), generator=g))
+        if held and step < 2:
+            n = int(torch.randint(held + 1, (), generator=g))
+            cache[:] = [(k[:, :, :n], v[:, :, :n]) for k, v in cache]
+        elif held and step == 2:
+            rows = min(4, 2 * rows)
+            cache[:] = [tuple(t[:1].expand(rows, -1, -1, -1) for t in pair) for pair in cache]
+        elif held and step == 3:
+            cache[:] = [tuple(t.flip(0) for t in pair) for pair in cache]
+        elif held and step == 4:
+            cache.clear()
+        T = int(torch.randint(1, 6, (), generator=g))
+        if (cache[0][0].size(2) if cache else 0) + T <= 40:
+            with torch.no_grad():
+                logits.append(model(torch.randint(31, (rows, T), generator=g), cache).flatten(0, 1))
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("small", [small_gpt, small_llama])
+@given(st.integers(0, 999), st.integers(1, 50))
+@limits(max_examples=20)
+def test_a_cache_with_room_is_a_list_whatever_the_caller_does(small, seed, room):
+    model = small(40)
+    a, b = read_in_pieces(model, [], seed), read_in_pieces(model, StaticCache(room), seed)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_with_room_copies_only_when_it_is_full():
+    model, cache, places = small_gpt(64), StaticCache(room=8), []
+    with torch.no_grad():
+        for i in range(40):
+            model(prompts(1, 1, seed=i), cache)
+            places.append((cache.buffers[0].data_ptr(), cache.buffers[0].size(3), cache[0][0].size(2)))
+    assert [held for *_, held in places] == [*range(1, 41)]
+    assert sorted({(size, where) for where, size, _ in places})[0][0] == 8 and len({*places}) == 40
+    assert [size for _, size, _ in places] == [8] * 8 + [16] * 8 + [32] * 16 + [64] * 8
+    assert cache[1][0].data_ptr() == cache.buffers[1].data_ptr()  # what the model is given are views
+    seen, forward = [], model.forward
+    model.forward = lambda ids, cache: forward(ids, seen.append(cache) or cache)
+    generate(model, prompts(2, 4), 5)
+    assert len({*map(id, seen)}) == 1 and seen[0].buffers[1].shape == (2, 2, 2, 9, 8)  # no room for more than can come
 
 
 # ---- What the caller keeps ----
@@ -666,6 +914,47 @@ def test_speculated_tokens_are_distributed_as_the_models(chosen):
     wrong = n * p[1][:, None, None] * p[:, :, None] * filter_logits(draft.logits, **chosen).softmax(-1)[None]
     usual = wrong > 5  # the test can tell: the draft's last token would not pass
     assert ((counts - wrong)[usual] ** 2 / wrong[usual]).sum() > freedom + 5 * math.sqrt(2 * freedom)
+
+
+def small_decoder(seed, last=1, **sizes):
+    torch.manual_seed(seed)
+    model = small_llama(40, vocab=11, **sizes)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    return model, Decoder(model, last=last)
+
+
+@given(seed=st.integers(0, 50), guesses=st.integers(1, 6), new=st.integers(0, 20), prompt=st.integers(1, 5))
+@limits(max_examples=20)
+def test_greedy_speculation_with_a_decoder(seed, guesses, new, prompt):
+    """As the model, as the draft, and as both."""
+    ids = torch.randint(0, 11, (1, prompt))
+    model, decoder = small_decoder(seed, guesses + 1)
+    other, draft = small_decoder(seed % 3, num_hidden_layers=1)
+    wanted = generate(model, ids, new, temperature=0)
+    for p, q in ((decoder, draft), (decoder, other), (model, draft), (decoder, decoder)):
+        found = torch.cat([ids[0], *speculate(p, q, ids, new, guesses=guesses, temperature=0)])
+        assert torch.equal(found[None], wanted)
+
+
+def test_a_decoder_with_a_decoder_as_draft_draws_what_the_models_draw():
+    """From one generator the same tokens as the Llamas that they are made of."""
+    ids = torch.tensor([[1, 2, 3]])
+    model, decoder = small_decoder(0, 5)
+    other, draft = small_decoder(1, num_hidden_layers=1)
+    for how in ({}, {"temperature": 1.5, "top_p": 0.9}):
+        a, b = (
+            torch.cat([*speculate(p, q, ids, 30, generator=torch.Generator().manual_seed(4), **how)])
+            for p, q in ((model, other), (decoder, draft))
+        )
+        assert torch.equal(a, b)
+
+
+def test_a_decoder_that_gives_too_few_logits_is_refused():
+    model, decoder = small_decoder(0, 4)
+    with pytest.raises(ValueError, match="the model gives logits of 4 positions: wanted 5 .last of a Decoder."):
+        [*speculate(decoder, model, torch.tensor([[1, 2, 3]]), 9, guesses=4)]
 
 
 def test_speculation_ends_at_eos_and_leaves_the_models_as_they_were():

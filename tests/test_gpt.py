@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from minimal import gpt
-from minimal.generate import generate
+from minimal.generate import StaticCache, generate
 from minimal.gpt import GPT, GPTConfig, torch_attention
 
 SIZES = dict(vocab_size=61, n_positions=24, n_embd=32, n_layer=3, n_head=4)
@@ -349,10 +349,10 @@ def test_a_failing_write_leaves_the_old_files(folder, monkeypatch):
 # ---- The cache: positions and causal alignment ----
 
 
-def check_chunks(model, ids, sizes):
+def check_chunks(model, ids, sizes, cache=None):
     """The logits of a text do not depend on the pieces in which it is read."""
     with torch.no_grad():
-        whole, cache, pieces = model(ids), [], []
+        whole, cache, pieces = model(ids), [] if cache is None else cache, []
         for piece in ids.split(sizes, dim=1):
             pieces.append(model(piece, cache))
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
@@ -366,6 +366,7 @@ def check_chunks(model, ids, sizes):
 def test_cached_chunked_and_whole_prefill_agree(sizes, B):
     torch.manual_seed(0)
     check_chunks(tiny(), tokens(B, sum(sizes)), sizes)
+    check_chunks(tiny(), tokens(B, sum(sizes)), sizes, StaticCache(room=5))
 
 
 class PositionsFromZero(GPT):
@@ -764,10 +765,49 @@ def test_loss_of_packed_documents_is_the_sum_of_theirs():
 
 
 def test_documents_are_checked():
-    model, ids = tiny(), tokens(2, 6)
-    for wrong in (dict(documents=torch.zeros(2, 5, dtype=torch.int64)), dict(documents=ids, cache=[])):
-        with pytest.raises(ValueError, match="documents of shape"):
-            model(ids, **wrong)
+    model, ids, cache = tiny(), tokens(2, 6), []
+    model(ids, cache)
+    for wrong, held in ((ids[:, :5], []), (ids[:1], []), (ids, cache)):
+        with pytest.raises(ValueError, match=r"documents of shape .*: wanted \(2, (6|12)\), cached tokens too"):
+            model(ids, held, wrong)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.lists(st.integers(1, 6), max_size=3), st.booleans())
+def test_documents_beside_a_cache(lengths, sizes, static):
+    """Documents read in pieces, cut anywhere, give what they give read whole: two of them are padding and text."""
+    torch.manual_seed(len(sizes))
+    lengths = [n for i, n in enumerate(lengths) if sum(lengths[: i + 1]) <= SIZES["n_positions"]]
+    ids, cache = tokens(2, sum(lengths)), StaticCache(room=3) if static else []
+    documents = torch.cat([torch.full((2, n), i % 2) for i, n in enumerate(lengths)], 1)
+    documents[1] = documents[1].flip(0)  # each row in its own way
+    ends = sorted({min(sum(sizes[: i + 1]), ids.size(1)) for i in range(len(sizes))} | {ids.size(1)})
+    with torch.no_grad():
+        model = tiny()
+        whole, pieces = model(ids, documents=documents), []
+        for start, end in zip([0, *ends], ends, strict=False):
+            pieces.append(model(ids[:, start:end], cache, documents[:, :end]))
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_wrong_positions_beside_a_cache_are_noticed():
+    """Trap 8, with padding on the left: the padding's places are counted too."""
+
+    class Counting(GPT):
+        def forward(self, ids, cache=None, documents=None):
+            self.position_offset = 4 if cache else 0
+            return super().forward(ids, cache, documents)
+
+    def check(model):
+        ids, documents, cache = tokens(1, 12), torch.tensor([[0] * 4 + [1] * 8]), []
+        with torch.no_grad():
+            alone = model(ids[:, 4:])
+            model(ids[:, :8], cache, documents[:, :8])
+            padded = model(ids[:, 8:], cache, documents)
+        torch.testing.assert_close(padded, alone[:, 4:], rtol=1e-5, atol=1e-5)
+
+    check(tiny())
+    with pytest.raises(AssertionError):
+        check(perturb(Counting(GPTConfig(**SIZES, dropout=0.0))))
 
 
 def test_position_offset_moves_every_position_and_shortens_the_context():

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as TheirConfig
 
 from minimal import llama
-from minimal.generate import generate
+from minimal.generate import StaticCache, generate
 from minimal.llama import Llama, LlamaConfig, rotary_frequencies, torch_attention
 
 SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4,
@@ -517,10 +517,10 @@ def test_a_failing_write_leaves_the_old_files(folder, monkeypatch):
 # ---- the cache, documents, positions ----
 
 
-def check_chunks(model, ids, sizes):
+def check_chunks(model, ids, sizes, cache=None):
     """The logits of a text do not depend on the pieces in which it is read."""
     with torch.no_grad():
-        whole, cache, pieces = model(ids), [], []
+        whole, cache, pieces = model(ids), [] if cache is None else cache, []
         for piece in ids.split(sizes, dim=1):
             pieces.append(model(piece, cache))
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
@@ -534,6 +534,7 @@ def check_chunks(model, ids, sizes):
 def test_cached_chunked_and_whole_prefill_agree(sizes, B):
     torch.manual_seed(0)
     check_chunks(tiny(), tokens(B, sum(sizes)), sizes)
+    check_chunks(tiny(), tokens(B, sum(sizes)), sizes, StaticCache(room=5))
 
 
 def top_left(q, k, v, *, causal=False, mask=None, scale=None, dropout=0.0):  # trap 5: PyTorch's own alignment
@@ -590,6 +591,22 @@ def test_rows_are_packed_each_in_its_own_way():
     with torch.no_grad():
         rows = torch.cat([model(ids[i : i + 1], documents=documents[i : i + 1]) for i in range(2)])
         assert (model(ids, documents=documents) - rows).abs().max() < 1e-5 * rows.abs().max()
+
+
+def test_documents_beside_a_cache():
+    """Read in pieces they give what they give read whole; the keys tell where a document's positions begin."""
+    model, ids = tiny(), tokens(2, 20)
+    documents = torch.stack((torch.arange(20) // 7, torch.arange(20) > 12))
+    with torch.no_grad():
+        whole, one = model(ids, documents=documents), []
+        model(ids, one, documents)
+        for sizes in ([1] * 20, [8, 12], [13, 1, 6]):
+            for cache in ([], StaticCache(room=3)):
+                pieces = [model(part, cache, documents[:, :end]) for part, end in zip(
+                    ids.split(sizes, 1), torch.tensor(sizes).cumsum(0), strict=True)]  # fmt: skip
+                torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
+                for (k, _), (want, _) in zip(cache, one, strict=True):
+                    torch.testing.assert_close(k, want, rtol=1e-5, atol=1e-5)
 
 
 def test_trap_packed_documents_leak():
@@ -649,14 +666,15 @@ def test_position_offset_turns_keys_further_and_shortens_the_context():
 
 
 def test_input_errors():
-    model, ids = tiny(), tokens(2, 6)
+    model, ids, cache = tiny(), tokens(2, 6), []
+    model(ids, cache)
     for call, pattern in [
         (lambda: model(ids[0]), "ids of shape"),
         (lambda: model(ids.float()), "ids of shape .* torch.float32"),
         (lambda: model(tokens(1, 25)), "ids: 0 cached . 25 new tokens do not fit"),
         (lambda: model.loss(ids, ids[:, :3]), r"labels of shape \(2, 3\): wanted that of ids, \(2, 6\)"),
         (lambda: model(ids, documents=ids[:, :5]), "documents of shape"),
-        (lambda: model(ids, cache=[], documents=ids), "documents of shape .* no cache beside it"),
+        (lambda: model(ids, cache, ids), r"documents of shape .*: wanted \(2, 12\), cached tokens too"),
     ]:
         with pytest.raises(ValueError, match=pattern) as caught:
             call()
