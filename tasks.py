@@ -26,13 +26,18 @@ Data is prepared once, into the folder of the run, and read again from there: `p
 from __future__ import annotations
 
 import array
+import contextlib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import random
 import re
+import shutil
+import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -49,10 +54,13 @@ from minimal.features import answers, collate, encode, epoch_batches
 from minimal.generate import stream_text
 from minimal.mlm import join_pair, mask_tokens, sentence_pair
 from minimal.packing import PackedRows, fit_rows
+from minimal.runs import read_json, write_json
 from minimal.tokenizer import END, Tokenizer
 from minimal.transformer import beam_search
 from minimal.vae import grid
 
+LEARNT = ("bpe", "char", "bytes")  # kinds of --tokenizer; else it is the path of one
+PREPARED, NOTE = ("train.npy", "val.npy", "tokenizer.json"), "prepared.json"  # in a run's state/, of running text
 SPECIAL = (END, "[PAD]", "[CLS]", "[SEP]", "[MASK]")  # of BERT's tokenizer; the others have END alone
 
 
@@ -108,7 +116,7 @@ IMAGE_SIZE = 32  # pixels a side that a folder's images are brought to
 
 
 def new_tokenizer(s, texts):
-    if s.tokenizer in ("bpe", "char", "bytes"):
+    if s.tokenizer in LEARNT:
         return Tokenizer.train(texts, s.vocab_size, s.tokenizer, SPECIAL if s.model == "bert" else SPECIAL[:1])
     return Tokenizer.load(s.tokenizer)
 
@@ -139,8 +147,69 @@ def end_id(tokenizer):
 
 
 def prepare_text(s, folder, tokenizer):
+    """Running text as token files in `folder`; returns the tokenizer, trained if new. What a run beside --out has
+    prepared from the same text in the same way is taken from there."""
+    started, given, how = time.perf_counter(), tokenizer, ""
+    if given is None and s.tokenizer not in LEARNT:
+        given = Tokenizer.load(s.tokenizer)
+    mark = mark_of(s, folder, given)
+    if earlier := mark and taken(s, folder, mark):
+        tokenizer, how = given or Tokenizer.load(folder), f", prepared by {earlier}"
+    else:
+        tokenizer = cut_text(s, folder, given)
+        tokenizer.save(folder)
+        if mark and mark == mark_of(s, folder, given):  # else the text has changed meanwhile
+            write_json(folder / NOTE, {"prepared_from": mark, "sha256": sha256_of(folder / name for name in PREPARED)})
+    n_train, n_val = (len(tokens_of(folder / name)) for name in PREPARED[:2])
+    print(f"data: {s.data}, {n_train:,} tokens and {n_val:,} for validation, vocabulary {tokenizer.vocab_size:,}{how}; "
+          f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+    return tokenizer
+
+
+def sha256_of(files, *facts):
+    """SHA-256 of the files' names and contents, in their order, and of the facts."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with open(file, "rb") as content:
+            while part := content.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def mark_of(s, folder, tokenizer):
+    """What tokens follow from, as a SHA-256: the text itself, the tokenizer or how to train it, this code, this Python.
+    None of data of the hub, which is not in files of its own."""
+    if s.data.startswith("hf:"):
+        return None
+    if tokenizer:
+        tokenizer.save(folder)
+    code = [Path(__file__), *sorted(Path(corpus.__file__).parent.glob("*.py"))]
+    path, skip = Path(s.data), ()
+    if s.data in SOURCES:  # all come from the standard library's files, and none from these folders
+        path, skip = Path(sysconfig.get_path("stdlib")), ("test", "site-packages", "dist-packages")
+    text = [f for f in corpus.walk(path, skip) if f.suffix.lower() in corpus.SUFFIXES] if path.is_dir() else [path]
+    facts = s.task, s.model == "bert", s.data if skip else "", sys.version, torch.__version__
+    how = [folder / "tokenizer.json"] if tokenizer else []
+    return sha256_of([*code, *how, *text], *facts, *([] if tokenizer else [s.tokenizer, s.vocab_size]))
+
+
+def taken(s, folder, mark):
+    """The folder of the run beside --out that has prepared what has this mark, now copied into `folder`, or None."""
+    for note in sorted(Path(s.out).parent.glob(f"*/state/{NOTE}")):
+        with contextlib.suppress(OSError, ValueError):  # another program's, or being replaced
+            known = read_json(note)
+            if known.get("prepared_from") == mark:
+                for name in (*PREPARED, NOTE):
+                    shutil.copyfile(note.with_name(name), folder / name)
+                if known.get("sha256") == sha256_of(folder / name for name in PREPARED):  # else damaged
+                    return note.parent.parent
+    return None
+
+
+def cut_text(s, folder, tokenizer):
     """Documents, cleaned, deduplicated, split, as token files in `folder`; returns the tokenizer, trained if new."""
-    started, held_out = time.perf_counter(), []
+    held_out = []
     # BERT's pretraining holds out the docstrings that its task will be judged on: not even their text was seen.
     share = 0.1 if s.data == "stdlib-docs" else 0.05
     parts = prepared(documents_of(s), share)
@@ -164,10 +233,8 @@ def prepare_text(s, folder, tokenizer):
             yield from (ids_of(document.text) for document in part[0])
             part = next(parts, None)
 
-    n_train = corpus.write_tokens(folder / "train.npy", train_rows(), tokenizer.vocab_size)
-    n_val = corpus.write_tokens(folder / "val.npy", held_out, tokenizer.vocab_size)
-    print(f"data: {s.data}, {n_train:,} tokens and {n_val:,} for validation, vocabulary {tokenizer.vocab_size:,}; "
-          f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+    corpus.write_tokens(folder / "train.npy", train_rows(), tokenizer.vocab_size)
+    corpus.write_tokens(folder / "val.npy", held_out, tokenizer.vocab_size)
     return tokenizer
 
 
@@ -566,6 +633,8 @@ class Labelled:
 
     def __init__(self, s, tokenizer, train, val, labels, segments):
         self.s, self.tokenizer, self.train, self.val, self.labels = s, tokenizer, train, val, labels
+        if s.task == "seq2seq" and importlib.util.find_spec("sacrebleu") is None:
+            raise ImportError("--task seq2seq is scored with sacrebleu: pip install sacrebleu")
         self.unit = {"classify": "texts", "qa": "ends of answers"}.get(s.task, "tokens")
         how = tokenizer, s.seq_len, labels, segments
         self.features, self.val_features = (encode(s.task, rows, *how) for rows in (train, val))
@@ -742,10 +811,8 @@ def judge(task, predicted, rows):
         true = [row["answers"]["text"] or [""] for row in rows]
         pairs = [metrics.span_em_f1(*pair) for pair in zip(predicted, true, strict=True)]
         return {"exact_match": sum(em for em, _ in pairs) / len(rows), "f1": sum(f1 for _, f1 in pairs) / len(rows)}
-    try:
-        import sacrebleu
-    except ImportError:
-        raise ImportError("--task seq2seq is scored with sacrebleu: pip install sacrebleu") from None
+    import sacrebleu
+
     true = [row["target"] for row in rows]
     same = sum(a == b for a, b in zip(predicted, true, strict=True))
     return {"chrf": sacrebleu.corpus_chrf(predicted, [true]).score, "exact_match": same / len(rows)}
@@ -801,15 +868,29 @@ def drawn(s, model, tokenizer, ids, new_tokens, **how):
     return stream_text(model, tokenizer, ids, new_tokens, generator=generator, **how)
 
 
-@torch.no_grad()
-def fill_masks(s, model, tokenizer, text):
-    """The text with BERT's likeliest token for each [MASK]."""
+def check_prompt(s, tokenizer):
+    """Refuses a --prompt that cannot be continued or filled in, which is better known before training."""
+    if s.task == "lm":
+        tokenizer.encode(s.prompt)
+    elif s.task == "mlm":
+        masked_ids(s, tokenizer, s.prompt)
+
+
+def masked_ids(s, tokenizer, text):
+    """The ids of a text with [MASK] in it, as BERT reads them."""
     cls, sep, mask = (tokenizer.token_to_id(token) for token in SPECIAL[2:])
     ids = [cls, *tokenizer.encode(text, special=True), sep]
     if mask not in ids:
         raise ValueError(f"--sample {text!r:.60}: wanted a text with [MASK] where a word is to be filled in")
     if len(ids) > s.seq_len:
         raise ValueError(f"--sample {text!r:.60}: is {len(ids)} tokens long; wanted at most {s.seq_len}")
+    return ids
+
+
+@torch.no_grad()
+def fill_masks(s, model, tokenizer, text):
+    """The text with BERT's likeliest token for each [MASK]."""
+    ids, mask = masked_ids(s, tokenizer, text), tokenizer.token_to_id("[MASK]")
     likeliest = model(torch.tensor([ids], device=s.device))[0].argmax(-1).tolist()
     return tokenizer.decode([b if a == mask else a for a, b in zip(ids, likeliest, strict=True)][1:-1])
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import io
 import json
 import math
@@ -34,6 +35,7 @@ from pathlib import Path
 # kept one of two cores busy, 5,000 turns made a training step take 0.85 s instead of 1.06, for half of the CPU time.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
+gc.disable()  # imports make 170,000 objects that stay: to look for garbage among them takes a fifth of their time
 import torch
 from safetensors import SafetensorError
 
@@ -78,6 +80,7 @@ from tasks import (
     chat_format,
     chats_of,
     check_data,
+    check_prompt,
     check_unlabelled,
     context_of,
     describe,
@@ -104,6 +107,9 @@ from uses import (
     write_text,
     written_beside,
 )
+
+gc.freeze()  # they are not looked through again
+gc.enable()
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
@@ -293,16 +299,13 @@ def complete(s):
         s.task = run_of(s.teacher or s.base).get("task") if kind == "text" else "chat"
     s.model = s.model or (TASKS[s.task].models[0] if s.task else "gpt")
     s.task = s.task or TASK_OF[s.model]
-    if s.model not in TASKS[s.task].models:
-        raise ValueError(
-            f"--task {s.task}: not for --model {s.model}; wanted --model {' or '.join(TASKS[s.task].models)}"
-        )
-    if s.model == "vae" and (
-        s.finetune not in (None, "full", "lora") or s.adversarial or s.label_smoothing or s.augment
-    ):
+    if s.model not in (able := TASKS[s.task].models):
+        raise ValueError(f"--task {s.task}: not for --model {s.model}; wanted --model {' or '.join(able)}")
+    if s.model == "vae":
         asked = [flag(name) for name in ("adversarial", "label_smoothing", "augment") if getattr(s, name)]
-        asked = asked[0] if asked else f"--finetune {s.finetune}"
-        raise ValueError(f"{asked}: a VAE has no blocks, classes or tokens for it; wanted another --model")
+        asked += [f"--finetune {s.finetune}"] if s.finetune not in (None, "full", "lora") else []
+        if asked:
+            raise ValueError(f"{asked[0]}: a VAE has no blocks, classes or tokens for it; wanted another --model")
     if s.finetune == "distill":
         weights_of(s)
         s.base = s.teacher = s.teacher or s.base
@@ -428,10 +431,11 @@ def fit(s, model, data, teacher, folder, resume, record):
             content = (folder / name).read_bytes()[:size] if size else b""
             write_beside(folder / name, lambda beside, content=content: beside.write_bytes(content))
     else:
-        progress = dict(step=0, elapsed=0.0, before=evaluate(s, model, data), best=None, best_step=0, without_gain=0)
-        progress["over"] = None  # at the end: the --steps it was trained for
-        progress["before"]["sample"] = sample(s, model, data, folder, "before training")
-        print("before: " + describe(progress["before"]))
+        progress = dict(step=0, elapsed=0.0, before=None, best=None, best_step=0, without_gain=0, over=None)
+        if s.finetune:  # a new model's are told at the end: they need not delay its first step
+            before = evaluate(s, model, data) | {"sample": sample(s, model, data, folder, "before training")}
+            progress["before"] = before
+            print("before: " + describe(before))
         if teacher is not None:
             print("teacher: " + describe(evaluate(s, teacher, data)))
         if s.finetune and not getattr(model, "fresh", ()):  # it may become worse: then what it was stays
@@ -540,7 +544,7 @@ def fit(s, model, data, teacher, folder, resume, record):
                 bar.write(f"--- step {step + 1}\n{sample(s, model, data, folder, f'step {step + 1}')}\n---")
             bar.update()
             profiled()
-            progress["over"] = s.steps if last else None
+            progress["over"] = s.steps if last else None  # at the end: the --steps it was trained for
             if last or signals or (step + 1) % s.save_every == 0:
                 if signals and progress["best"] is None:
                     save_model(s, model, folder)  # something to look at; the next evaluation replaces it
@@ -668,6 +672,7 @@ def prepare(s, folder, resume=False):
                 print("note: the chat template of --base is not ChatML, which is what is trained, and kept beside it")
             tokenizer.chat_template = own if own and START in own else chat_format(tokenizer).template
         save_tokenizer(tokenizer, folder)
+        check_prompt(s, tokenizer)
     return known, load_data(s, folder / "state", tokenizer, known)
 
 
@@ -731,8 +736,7 @@ def run(s, resume=None):
 
     def record(status, progress, folder=out):
         note = dict(status=status, **progress, base_sha256=identity, labels=labels, trained=trained)
-        note["torch"] = torch.__version__
-        write_json(folder / "args.json", dict(settings=dataclasses.asdict(s), **note))
+        write_json(folder / "args.json", dict(settings=dataclasses.asdict(s), **note, torch=torch.__version__))
 
     if resume:
         if read_json(out / "args.json").get("base_sha256") != identity:
@@ -750,6 +754,10 @@ def run(s, resume=None):
     runs.plot(out)
     if progress["best_step"] != progress["step"]:
         model = load_model(out)[0].to(s.device)
+    if not progress["before"]:
+        torch.manual_seed(s.seed)  # as in set_up: it makes the same model again
+        new = new_model(s, data).to(s.device)
+        progress["before"] = evaluate(s, new, data) | {"sample": sample(s, new, data, out, "before training")}
     after, before = sample(s, model, data, out, "after training"), progress["before"]
     best = {name: value for name, value in progress["best"].items() if name != "sample"}
     others = report(s, out, best, data)
@@ -758,12 +766,10 @@ def run(s, resume=None):
     print(f"after: {describe(best)}, step {progress['best_step']}\n{after}\n")
     for name, scores in others.items():
         print(f"baseline, {name}: {describe(scores)}")
-    seconds = f"{progress['elapsed']:.0f} s" + (
-        " in all" if resume else f", {time.perf_counter() - started:.0f} s with all set-up"
-    )
+    whole = " in all" if resume else f", {time.perf_counter() - started:.0f} s with all set-up"
     if progress["best_step"] == 0:
         print("nothing was gained: what was kept is the model as it was before")
-    print(f"{out}: {trained:,} parameters trained in {seconds}")
+    print(f"{out}: {trained:,} parameters trained in {progress['elapsed']:.0f} s{whole}")
     return out
 
 
@@ -851,8 +857,7 @@ def dry_run(s):
         short = dataclasses.replace(s, out=f"{temporary}/run", steps=3, warmup=0, log_every=1, eval_every=9)
         run(short)
         lines = (Path(short.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    s.seq_len = short.seq_len
-    for name, value in dataclasses.asdict(s).items():  # now that nothing was wrong with them
+    for name, value in (dataclasses.asdict(s) | {"seq_len": short.seq_len}).items():  # nothing was wrong with them
         print(flag(name), value)
     print(*(line for line in said.getvalue().splitlines() if line.startswith(("data:", "note:", "model:"))), sep="\n")
     first, second = (json.loads(line)["elapsed_s"] for line in lines[:2])  # the third evaluates
@@ -877,12 +882,9 @@ def main(argv=None):
                 return few_shot(s, *use, s.data if "data" in given else None)
             if action in ("--sample", "--chat"):
                 return write_text(action, s, *use, value)
-            other = "data" in given
-            return (
-                score(s, *use, other)
-                if action == "--eval"
-                else merge(s, *use, other, s.out if "out" in given else None)
-            )
+            if action == "--eval":
+                return score(s, *use, "data" in given)
+            return merge(s, *use, "data" in given, s.out if "out" in given else None)
         if action == "--dry-run":
             return dry_run(complete(s))
         if action == "--show-data":
@@ -890,9 +892,7 @@ def main(argv=None):
                 s = complete(s)
                 s.base = s.base or (s.finetune and str(finished(s) or ""))
                 if s.base == "":
-                    raise ValueError(
-                        "--show-data: nothing pretrained whose tokenizer could cut the rows; wanted --base"
-                    )
+                    raise ValueError("--show-data: nothing pretrained whose tokenizer could cut it; wanted --base")
                 return show_data(prepare(s, Path(temporary))[1], value)
         if s.finetune == "all" and not action:
             return run_all(s, given)

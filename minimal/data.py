@@ -50,7 +50,7 @@ class Document(NamedTuple):
     key: str = ""
 
 
-def _walk(folder: Path, skip: Iterable[str] = ()) -> Iterator[Path]:
+def walk(folder: Path, skip: Iterable[str] = ()) -> Iterator[Path]:
     """A folder's files at any depth, sorted (file systems are not), without hidden ones and folders named in `skip`."""
     for here, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in skip)
@@ -84,7 +84,7 @@ def read_documents(path: str | os.PathLike) -> Iterator[Document]:
     path, n = Path(path), 0
     if not path.exists():
         raise ValueError(f"path {str(path)!r} does not exist")
-    files = [f for f in _walk(path) if f.suffix.lower() in SUFFIXES] if path.is_dir() else [path]
+    files = [f for f in walk(path) if f.suffix.lower() in SUFFIXES] if path.is_dir() else [path]
     for n, text in enumerate((text for file in files for text in _texts(file) if text.strip()), 1):  # noqa: B007
         yield Document(text)
     if not n:
@@ -95,7 +95,7 @@ def _stdlib() -> Iterator[tuple[str, ast.Module]]:
     """(source, syntax tree) of the standard library's files, less tests, bundled packages, and tables: files in which
     over 60 % of the lines are module-level assignments (code pages, HTML entities, topics, build settings: 2 MB)."""
     others = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_vendor", "_bundled", "pip"}
-    for file in _walk(Path(sysconfig.get_path("stdlib")), skip=others):
+    for file in walk(Path(sysconfig.get_path("stdlib")), skip=others):
         try:
             source = file.read_bytes().decode() if file.suffix == ".py" and "config-" not in file.parent.name else ""
             tree = ast.parse(source)
@@ -312,7 +312,7 @@ def read_images(folder: str | os.PathLike, size: int, channels: int = 1) -> Tens
     except ImportError:
         raise ImportError("read_images() needs Pillow: pip install pillow") from None
     images, suffixes = [], (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".pgm", ".ppm")
-    for file in (f for f in _walk(Path(folder)) if f.suffix.lower() in suffixes):
+    for file in (f for f in walk(Path(folder)) if f.suffix.lower() in suffixes):
         try:
             image = ImageOps.fit(Image.open(file).convert("L" if channels == 1 else "RGB"), (size, size))
         except (OSError, ValueError, SyntaxError) as e:  # Pillow raises all three for broken files

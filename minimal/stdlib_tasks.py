@@ -93,8 +93,8 @@ class Entry(NamedTuple):
     doc: str
 
 
-# Same as minimal/data.py: _walk
-def _walk(folder: Path, skip: Iterable[str] = ()) -> Iterator[Path]:
+# Same as minimal/data.py: walk
+def walk(folder: Path, skip: Iterable[str] = ()) -> Iterator[Path]:
     """A folder's files at any depth, sorted (file systems are not), without hidden ones and folders named in `skip`."""
     for here, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in skip)
@@ -140,7 +140,7 @@ def _library() -> list[tuple[str, str, list[Entry]]]:
     """(module, source, entries) of the files that stdlib_source in data.py gives, in its order. Trees are not kept."""
     others = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_vendor", "_bundled", "pip"}
     root, found = Path(sysconfig.get_path("stdlib")), []
-    for file in _walk(root, skip=others):
+    for file in walk(root, skip=others):
         try:
             source = file.read_bytes().decode() if file.suffix == ".py" and "config-" not in file.parent.name else ""
             tree = ast.parse(source)

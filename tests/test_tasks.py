@@ -533,13 +533,14 @@ def test_the_rows_that_are_scored_come_from_all_of_them(monkeypatch):
 
 def test_the_best_checkpoint_is_that_of_the_metric(monkeypatch):
     """Accuracy decides for a task, whatever the loss does; the model that is kept is the one that had it."""
-    told = iter([0.2, 0.9, 0.5, 0.1, 0.1, 0.1])  # before training, then at each evaluation
+    told = iter([0.2, 0.9, 0.5, 0.1, 0.3])  # at each evaluation, and at the end of the model before training
     monkeypatch.setattr(
         tasks.Labelled, "scores", lambda self, model, loss_sum: {"accuracy": next(told), "macro_f1": 0.0}
     )
     out = go("classify", "--patience", "2", steps=40)
     run = json.loads((out / "args.json").read_text())
-    assert run["best_step"] == 4 and lines(out)[-1]["step"] == 12 and scores(out)["accuracy"] == 0.9
+    assert run["best_step"] == 8 and lines(out)[-1]["step"] == 16 and scores(out)["accuracy"] == 0.9
+    assert run["before"]["accuracy"] == 0.3
 
 
 def test_of_equal_scores_the_loss_decides():
@@ -555,7 +556,7 @@ def test_of_equal_scores_the_loss_decides():
 
 
 def test_what_is_shown_at_the_end_is_of_the_model_that_is_kept(monkeypatch):
-    told, seen, plain = iter([0.2, 0.9, 0.5]), [], train.sample
+    told, seen, plain = iter([0.9, 0.5, 0.2]), [], train.sample  # the second evaluation is the worse
     monkeypatch.setattr(
         tasks.Labelled, "scores", lambda self, model, loss_sum: {"accuracy": next(told), "macro_f1": 0.0}
     )

@@ -512,7 +512,7 @@ def test_a_corpus_is_prepared_part_by_part(monkeypatch, tmp_path):
     """Many small parts give the same documents as one, each once, with its end token, and none on both sides."""
     rows = [f"document number {i} says {i * i}\n" for i in range(300)]
     pathlib.Path("many.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in [*rows, rows[0]]))
-    s = train.Settings(model="gpt", task="lm", tokenizer="bytes", data="many.jsonl")
+    s = train.Settings(model="gpt", task="lm", tokenizer="bytes", data="many.jsonl", out="out/gpt")
     for size in (2**28, 500):
         monkeypatch.setattr(tasks, "PART", size)
         tokenizer = train.prepare_text(s, tmp_path, None)
@@ -522,6 +522,104 @@ def test_a_corpus_is_prepared_part_by_part(monkeypatch, tmp_path):
             sides.append(text.split("<|endoftext|>"))
             assert sides[-1].pop() == "", "the last document has no end token"
         assert sorted(sides[0] + sides[1]) == sorted(rows) and sides[0] and sides[1]
+
+
+def cuts(monkeypatch):
+    """A list to which every preparation of text that is not taken from an earlier run adds its --out."""
+    cut, made = tasks.cut_text, []
+    monkeypatch.setattr(tasks, "cut_text", lambda s, *rest: (made.append(s.out), cut(s, *rest))[1])
+    return made
+
+
+def test_a_second_run_takes_the_tokens_of_the_first(monkeypatch, capsys):
+    """It is the same run bit for bit, also for an adapter, whose base brings the tokenizer; and a source for others."""
+    made = cuts(monkeypatch)
+    for first, second, begin in (
+        ("out/gpt", "out/b", lambda out: pretrain("--tokenizer", "bpe", "--vocab-size", "300", out=out, steps=3)),
+        ("out/gpt-lora", "out/c", lambda out: lora("--base", "out/gpt", out=out, steps=3)),
+    ):
+        a, b = begin(first), begin(second)
+        assert made.pop() == first and not made
+        assert f"prepared by {first};" in capsys.readouterr().out
+        assert same(exact(a), exact(b))
+        for name in ("tokenizer.json", "state/train.npy", "state/val.npy", "samples.txt"):
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    os.rename("out/gpt", "elsewhere")
+    pretrain("--tokenizer", "bpe", "--vocab-size", "300", "--overwrite", out="out/b", steps=1)  # its own
+    assert not made and "prepared by out/b;" in capsys.readouterr().out
+
+
+def rewritten(path, change):
+    """Changes a file's bytes, but neither its size nor its time."""
+    path, stat = pathlib.Path(path), os.stat(path)
+    path.write_bytes(change(path.read_bytes()))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size and path.stat().st_mtime_ns == stat.st_mtime_ns
+
+
+CHANGES = {  # what is no longer the same text, prepared in the same way
+    "a letter, size and time kept": lambda s: rewritten("corpus/LICENSE.txt", lambda b: b.replace(b"MIT", b"TIM", 1)),
+    "one file more": lambda s: pathlib.Path("corpus/more.md").write_text("Some more of it.\n" * 20),
+    "one file less": lambda s: os.remove("corpus/conftest.txt"),
+    "another order": lambda s: os.rename("corpus/LICENSE.txt", "corpus/zlicence.txt"),
+    "more merges": lambda s: setattr(s, "vocab_size", 310),
+    "characters": lambda s: setattr(s, "tokenizer", "char"),
+    "the tokens are damaged": lambda s: rewritten("out/a/state/train.npy", lambda b: b[:-2] + b"\1\1"),
+    "the tokenizer is damaged": lambda s: rewritten("out/a/state/tokenizer.json", lambda b: b.replace(b"e", b"E")),
+    "the tokens are cut short": lambda s: os.truncate("out/a/state/val.npy", 200),
+    "half of a note": lambda s: os.truncate("out/a/state/prepared.json", 30),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_no_run_gets_tokens_of_another_text(change, monkeypatch):
+    """After any change they are those of a run that has no other beside it."""
+    s = train.Settings(model="gpt", task="lm", vocab_size=300, data="corpus", out="out/a")
+    made, state = cuts(monkeypatch), pathlib.Path("out/a/state")
+    state.mkdir(parents=True)
+    train.prepare_text(s, state, None)
+    change(s)
+    for s.out in ("out/b", "alone/b"):
+        state = pathlib.Path(s.out, "state")
+        state.mkdir(parents=True)
+        train.prepare_text(s, state, None)
+    assert made == ["out/a", "out/b", "alone/b"]
+    for name in tasks.PREPARED:
+        assert pathlib.Path("out/b/state", name).read_bytes() == pathlib.Path("alone/b/state", name).read_bytes()
+
+
+def test_text_that_changes_while_it_is_prepared_is_not_noted(monkeypatch):
+    s = train.Settings(model="gpt", task="lm", tokenizer="bytes", data="other.txt", out="out/a")
+    write = tasks.corpus.write_tokens
+    monkeypatch.setattr(tasks.corpus, "write_tokens", lambda *a: (open("other.txt", "a").write("More."), write(*a))[1])
+    train.prepare_text(s, pathlib.Path("corpus"), None)
+    assert not pathlib.Path("corpus", tasks.NOTE).exists()
+
+
+def test_the_first_step_waits_for_no_scores(monkeypatch):
+    """A new model's scores before training are computed at the end, and are those of the model that it was."""
+    events, score, schedule, fit = [], train.evaluate, train.cosine_schedule, train.fit
+    monkeypatch.setattr(train, "evaluate", lambda *a: (events.append("evaluate"), score(*a))[1])
+    monkeypatch.setattr(train, "cosine_schedule", lambda *a: (events.append("step"), schedule(*a))[1])
+    monkeypatch.setattr(
+        train, "fit", lambda s, model, data, *a: (first.append(score(s, model, data)), fit(s, model, data, *a))[1]
+    )
+    first = []
+    out = pretrain("--dropout", "0.1")
+    before = json.loads((out / "args.json").read_text())["before"]
+    assert events == ["step"] * 4 + ["evaluate"] + ["step"] * 4 + ["evaluate"] * 2
+    assert {name: before[name] for name in first[0]} == first[0]
+    monkeypatch.setattr(train, "fit", fit)
+    interrupt_at(5, monkeypatch)
+    with pytest.raises(SystemExit):
+        pretrain("--dropout", "0.1", out="out/b")
+    train.main(["--resume", "out/b"])
+    assert json.loads(pathlib.Path("out/b/args.json").read_text())["before"] == before
+    assert (out / "samples.txt").read_bytes() == pathlib.Path("out/b/samples.txt").read_bytes()
+
+
+def test_a_prompt_is_checked_before_training(capsys):
+    fails([*TINY, "--model", "bert", "--data", "corpus", "--prompt", "no gap"], capsys, "with [MASK]")
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(capsys):
