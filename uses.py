@@ -103,6 +103,7 @@ def write_text(action, s, folder, model, tokenizer, prompt):
             row = {"question": question + mark, "context": context.strip()}
         return print(show(s.task, row, *predict(s, model, tokenizer, [row])))
     model = decoder(model, s.quantise_base)
+    runs.trim_memory()  # of the weights that it has now in a form of its own
     if s.task == "chat" or (tokenizer.chat_template and action == "--chat"):
         return converse(s, folder, model, tokenizer, prompt)
     if action == "--chat":

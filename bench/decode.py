@@ -46,7 +46,7 @@ def folder():
 
 class Ours:
     def __init__(self, kind):
-        from minimal import fused, fused_linear, quant
+        from minimal import fused, fused_linear, quant, runs
         from minimal.decoder import Decoder
         from minimal.gguf_llama import read_llama
         from minimal.llama import Llama
@@ -61,6 +61,8 @@ class Ours:
         self.bytes = 0
         model = Llama.from_tensors(*read_llama(folder() / FILE))
         self.decoder = Decoder(model, product, fused.attention, fused_linear.llama_block)
+        del model
+        runs.trim_memory()  # as train.py does
 
     def prefill(self, ids, cache=None):
         return self.decoder(ids, cache)

@@ -19,6 +19,7 @@ There are no tensors here.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import pathlib
@@ -135,6 +136,12 @@ def peak_memory_mb() -> float:
         return 0.0
     # macOS counts bytes, others KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def trim_memory() -> None:
+    """Gives freed memory back to the system, which glibc otherwise keeps for later; nothing where there is no glibc."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

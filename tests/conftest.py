@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train.py: for tests beside other work
+if "PYTEST_XDIST_WORKER" in os.environ:  # and what it starts: else all would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest

@@ -34,6 +34,6 @@ export MINIMAL_REQUIRE_FUSED=1 MINIMAL_FUSED=1
 unset PYTHONPATH
 
 "$python" -c 'import minimal.fused, sys; C = sys.modules["minimal._C"]; assert "-fsanitize" in C.flags, C.flags; print(C.flags)'
-"$python" -m pytest -q -p no:cacheprovider -k "not compile and not export and not process and not gradcheck" tests "$@" ||
+"$python" -m pytest -q -n 0 -p no:cacheprovider -k "not compile and not export and not process and not gradcheck" tests "$@" ||
     { cat "$folder"/report.* 2> /dev/null || true; echo "sanitize: failed"; exit 1; }
 echo "sanitize: no errors found"

@@ -4,10 +4,12 @@
 import json
 import os
 import pathlib
+import platform
 import re
 import signal
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from hypothesis import given
@@ -164,6 +166,23 @@ print(start, full, peak(), *(line.split()[1] for line in open("/proc/self/status
     assert kib, "no VmHWM"
     assert 1 < start < 100 < peak_memory_mb()
     assert 190 < full - start < 230 and after == pytest.approx(full, abs=1) == kib[0] / 1024
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps what is freed")
+def test_freed_memory_goes_back():
+    code = """
+        import runpy, sys, re
+        runs = runpy.run_path(sys.argv[1])
+        resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+        kept = [b"x" * 20_000 for _ in range(8000)]
+        last = b"x" * 20_000  # above all of them: the heap cannot shrink from its end
+        kept = None
+        before = resident()
+        runs["trim_memory"]()
+        print(before - resident())
+    """
+    run = [sys.executable, "-c", textwrap.dedent(code), runs.__file__]
+    assert int(subprocess.run(run, check=True, capture_output=True, text=True).stdout) > 100_000  # of 160,000 kB
 
 
 def test_elsewhere_peak_memory_is_asked_of_getrusage(monkeypatch):
