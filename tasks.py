@@ -179,8 +179,8 @@ def sha256_of(files, *facts):
 
 def mark_of(s, folder, tokenizer):
     """What tokens follow from, as a SHA-256: the text itself, the tokenizer or how to train it, this code, this Python.
-    None of data of the hub, which is not in files of its own."""
-    if s.data.startswith("hf:"):
+    None of data of the hub, which is not in files of its own, and of a pipe, which can be read but once."""
+    if s.data not in SOURCES and not (Path(s.data).is_file() or Path(s.data).is_dir()):
         return None
     if tokenizer:
         tokenizer.save(folder)
@@ -873,17 +873,17 @@ def check_prompt(s, tokenizer):
     if s.task == "lm":
         tokenizer.encode(s.prompt)
     elif s.task == "mlm":
-        masked_ids(s, tokenizer, s.prompt)
+        masked_ids(s, tokenizer, s.prompt, "--prompt")
 
 
-def masked_ids(s, tokenizer, text):
-    """The ids of a text with [MASK] in it, as BERT reads them."""
+def masked_ids(s, tokenizer, text, name="--sample"):
+    """The ids of a text with [MASK] in it, as BERT reads them. name: the option that gave it."""
     cls, sep, mask = (tokenizer.token_to_id(token) for token in SPECIAL[2:])
     ids = [cls, *tokenizer.encode(text, special=True), sep]
     if mask not in ids:
-        raise ValueError(f"--sample {text!r:.60}: wanted a text with [MASK] where a word is to be filled in")
+        raise ValueError(f"{name} {text!r:.60}: wanted a text with [MASK] where a word is to be filled in")
     if len(ids) > s.seq_len:
-        raise ValueError(f"--sample {text!r:.60}: is {len(ids)} tokens long; wanted at most {s.seq_len}")
+        raise ValueError(f"{name} {text!r:.60}: is {len(ids)} tokens long; wanted at most {s.seq_len}")
     return ids
 
 

@@ -242,7 +242,7 @@ class Settings:
     device: str = setting(None, str, "cpu, cuda, mps; default: the best there is")
     dtype: str = setting(None, ["float32", "bfloat16", "float16"], "of the products; default: float32, GPU bfloat16")
     recompute: bool = setting(False, bool, "keep no activations inside the blocks: less memory, a third more time")
-    compile: bool = setting(False, bool, "torch.compile the loss; its half minute is hardly won back on a CPU, see bench/pretrain.py")
+    compile: bool = setting(False, bool, "torch.compile the loss; on a CPU its half minute is not won back")
     profile: bool = setting(False, bool, "profile the third to fifth step: trace.json for Perfetto, the ten costliest "
                         "operators, where the memory goes; then training goes on")  # fmt: skip
     threads: int = setting(None, (int, 1, 1025), "CPU threads; default PyTorch's choice")
@@ -672,13 +672,14 @@ def prepare(s, folder, resume=False):
                 print("note: the chat template of --base is not ChatML, which is what is trained, and kept beside it")
             tokenizer.chat_template = own if own and START in own else chat_format(tokenizer).template
         save_tokenizer(tokenizer, folder)
-        check_prompt(s, tokenizer)
     return known, load_data(s, folder / "state", tokenizer, known)
 
 
 def set_up(s, folder, resume=False):
     """-> (model, data, teacher or None)"""
     (known, data), teacher = prepare(s, folder, resume), None
+    if not resume and s.task in ("lm", "mlm"):
+        check_prompt(s, data.tokenizer)
     torch.manual_seed(s.seed)
     if s.finetune == "distill":
         teacher = known
@@ -873,7 +874,7 @@ def main(argv=None):
         if action in ("--sample", "--chat", "--eval", "--merge", "--export"):
             s.task = s.task or ("classify" if "shots" in given else None)
             labelled = s.task == "classify"
-            use = load_for(action, s)
+            use = list(load_for(action, s))
             if action == "--export":
                 return export(s, *use, value, s.out if "out" in given else None)
             if "shots" in given and s.model not in TASKS["chat"].models:
@@ -881,7 +882,7 @@ def main(argv=None):
             if action == "--eval" and labelled and s.model in TASKS["chat"].models:
                 return few_shot(s, *use, s.data if "data" in given else None)
             if action in ("--sample", "--chat"):
-                return write_text(action, s, *use, value)
+                return write_text(action, s, use, value)
             if action == "--eval":
                 return score(s, *use, "data" in given)
             return merge(s, *use, "data" in given, s.out if "out" in given else None)

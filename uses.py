@@ -82,8 +82,10 @@ def report(s, folder, scores, data):
     return others
 
 
-def write_text(action, s, folder, model, tokenizer, prompt):
-    """--sample and --chat"""
+def write_text(action, s, use, prompt):
+    """--sample and --chat. use: [folder, model, tokenizer], emptied here: a decoder has weights of its own."""
+    folder, model, tokenizer = use
+    use.clear()
     if s.task == "images":
         raise ValueError(f"{action}: {folder} is a VAE, which writes no text; its pictures are in its folder")
     if s.task not in ("lm", "chat"):

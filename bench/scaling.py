@@ -18,7 +18,7 @@ filled by one prefill and its length set back before each token, which then read
 the bytes of a position over the rate of a sum over 512 MB in the same rounds. Fits are least squares of the relative
 errors, as the error of a timing grows with the time; R^2 is that of the values themselves.
 
-Prints tables, writes bench/scaling.json and draws bench/scaling.png; takes about six minutes. `--only` measures some
+Prints tables, writes bench/scaling.json and draws bench/scaling.png; takes four to six minutes. `--only` measures some
 parts again and keeps the others.
 """
 

@@ -160,7 +160,8 @@ class _Lean:
         loras = [f.lora for f in _linear(self) if hasattr(f, "lora")]
         adapters, hooks = [p for lora in loras for p in lora.parameters()], []
         for m in self.modules():
-            hooks += *m._forward_hooks.values(), *m._forward_pre_hooks.values(), *m._backward_hooks.values()
+            for kind in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
+                hooks += kind.values()
         learning = {id(p) for p in self.parameters() if p.requires_grad}
         return (
             (self.training and (self.config.dropout or any(lora.dropout for lora in loras)))

@@ -109,7 +109,8 @@ class _Lean:
         return (
             (self.training and self.attn.config.dropout > 0)
             or any(type(layer) is not kind for layer, kind in zip(layers, 2 * kinds, strict=True))
-            or any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.modules())
+            or any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
+            or any(m._backward_hooks or m._backward_pre_hooks for m in self.modules())
             or any(p is None or not p.requires_grad or p.dtype != x.dtype for p in _parameters(self))
             or len(list(self.parameters())) != 12
             or torch.is_autocast_enabled(x.device.type)

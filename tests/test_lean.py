@@ -115,6 +115,8 @@ def test_what_is_not_of_its_kind_runs_as_before(calls):
               adapted(llama(), target="q_proj"))  # fmt: skip
     untouched(lambda m: [p.requires_grad_() for n, p in m.named_parameters() if "norm" in n], adapted(llama()))
     untouched(lambda m: [b.mlp.register_forward_hook(lambda m, a, y: 2 * y) for b in m.model.layers], adapted(llama()))
+    hook = nn.Module.register_full_backward_pre_hook
+    untouched(lambda m: [hook(b.mlp, lambda m, g: (2 * g[0],)) for b in m.model.layers], adapted(llama()))
     hook = nn.Module.register_forward_pre_hook
     untouched(lambda m: [hook(b.mlp, lambda m, args: (args[0] + 1,)) for b in m.model.layers], adapted(llama()))
     untouched(lambda m: None, adapted(llama(dtype=torch.bfloat16)))

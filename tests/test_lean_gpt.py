@@ -107,6 +107,7 @@ def test_what_is_not_of_its_kind_runs_as_before(calls):
     untouched(lambda m: [b.mlp.register_forward_hook(lambda m, a, y: 2 * y) for b in blocks(m)])
     untouched(lambda m: [b.ln_2.register_forward_pre_hook(lambda m, args: (args[0] + 1,)) for b in blocks(m)])
     untouched(lambda m: add_lora(m, 2))
+    untouched(lambda m: [b.mlp.register_full_backward_pre_hook(lambda m, g: (2 * g[0],)) for b in blocks(m)])
     untouched(lambda m: [setattr(b, "extra", nn.Linear(1, 1).double()) for b in blocks(m)] and
               [p.requires_grad_(False) for b in blocks(m) for p in b.extra.parameters()])  # fmt: skip
     untouched(lambda m: [b.ln_1.bias.requires_grad_(False) for b in blocks(m)])

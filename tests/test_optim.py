@@ -115,7 +115,10 @@ def test_muon_equals_torch_but_for_rounding(shapes, seed, lr, momentum, weight_d
         reference.step()
         for p, q, old in zip(ours, theirs, before, strict=True):
             moved = 0.2 * lr * max(p.shape) ** 0.5 * min(p.shape) ** 0.5  # the norm of an exactly orthogonal update
-            assert (p - q).norm() <= 0.15 * moved + 1e-6  # the largest of 300 random gradients: 0.074
+            # A singular value that is nearly zero is another one in bfloat16, and is brought to the size of the others.
+            sizes = torch.linalg.svdvals(p.grad.lerp(optimizer.state[p]["momentum_buffer"], momentum))
+            allowed = 0.15 if sizes[-1] > sizes[0] / 100 else 0.6  # the largest of 15,000: 0.062 and 0.30
+            assert (p - q).norm() <= allowed * moved + 1e-6
             assert (p - old).norm() >= 0.5 * moved - 0.1 * lr * old.norm()  # so that the line above can fail
             torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], reference.state[q]["momentum_buffer"])
             with torch.no_grad():  # from equal points again: no accumulation of rounding
