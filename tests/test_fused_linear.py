@@ -326,7 +326,7 @@ def test_nothing_past_the_end_is_read():
     assert done.stdout == "fine\n", (done.returncode, done.stderr)
     # a signal kills it, or AddressSanitizer, where that is loaded, ends it with 1
     died = subprocess.run([*run, "check"], env=env, cwd=ROOT, capture_output=True, text=True)
-    assert died.returncode and died.stdout == "" and (died.returncode < 0 or "AddressSanitizer: SEGV" in died.stderr)
+    assert died.returncode and died.stdout == "" and (died.returncode < 0 or "AddressSanitizer" in died.stderr)
 
 
 @pytest.mark.parametrize("isa", SETS)
