@@ -672,14 +672,13 @@ def prepare(s, folder, resume=False):
                 print("note: the chat template of --base is not ChatML, which is what is trained, and kept beside it")
             tokenizer.chat_template = own if own and START in own else chat_format(tokenizer).template
         save_tokenizer(tokenizer, folder)
+        check_prompt(s, tokenizer)
     return known, load_data(s, folder / "state", tokenizer, known)
 
 
 def set_up(s, folder, resume=False):
     """-> (model, data, teacher or None)"""
     (known, data), teacher = prepare(s, folder, resume), None
-    if not resume and s.task in ("lm", "mlm"):
-        check_prompt(s, data.tokenizer)
     torch.manual_seed(s.seed)
     if s.finetune == "distill":
         teacher = known

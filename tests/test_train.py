@@ -619,7 +619,9 @@ def test_the_first_step_waits_for_no_scores(monkeypatch):
 
 
 def test_a_prompt_is_checked_before_training(capsys):
-    fails([*TINY, "--model", "bert", "--data", "corpus", "--prompt", "no gap"], capsys, "with [MASK]")
+    fails(
+        [*TINY, "--model", "bert", "--data", "corpus", "--prompt", "no gap"], capsys, "--prompt 'no gap'", "with [MASK]"
+    )
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(capsys):
