@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A GPT's block as one function with its backward pass by hand: back-propagation in full view, and in less time.
+"""A GPT's block as one function with its backward pass by hand: back-propagation in full view.
 
 Rumelhart, Hinton, Williams, "Learning representations by back-propagating errors" (1986, Nature 323), for the block of
 minimal/gpt.py (Radford et al. 2019). With N = B T rows, x_ = (x - mean) / sqrt(var + eps) and LN(x) = x_ w + b:
