@@ -112,7 +112,7 @@ class StaticCache(list):
     """A model's cache in buffers with room: a token's keys and values go to their place, where a plain list's are all
     copied each time. As in a list there is a (k, v) for each layer, (B, H, S, D): views of what is filled, which may be
     cut or replaced. room: tokens that fit at first; full buffers double. Without gradients only.
-    It saves time from about a thousand tokens on, less where few key-value heads keep it small: bench/generate.py."""
+    What that saves grows with the text and with the key-value heads: bench/generate.py measures it."""
 
     def __init__(self, room=256):
         super().__init__()

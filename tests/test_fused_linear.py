@@ -95,7 +95,8 @@ def reach(x):
 
 
 def blur(kind, held):
-    """How far float32 may be from a weight of `wide`, beside relative rounding: a of nf4 is a difference."""
+    """How far float32 may be from a weight of `wide`, beside relative rounding: a of nf4 is a difference,
+    whose product is rounded where the instruction set or the build has no fused multiply-add."""
     if kind != "nf4":
         return 0.0
     parts = [127 * held["scale"].abs().flatten(), held["mean"].abs()]
