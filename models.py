@@ -182,13 +182,26 @@ def save_tokenizer(tokenizer, folder):
         write_beside(file, lambda beside: beside.write_text(template, encoding="utf-8"))
 
 
-def load_model(name, what="--base", task=None, labels=None):
+@torch.library.impl("aten::normal_", "Meta")
+def undrawn(x, *_, **__):
+    """What a model on the meta device is initialised with: PyTorch's own imports torch._dynamo, a second and 70 MB."""
+    return x
+
+
+def load_model(name, what="--base", task=None, labels=None, outline=False):
     """-> (model, tokenizer or None) of a model's folder or .gguf, or of an adapter's folder together with its base.
 
-    task, labels: for a BERT, whose head of another task gives way to a new one."""
+    task, labels: for a BERT, whose head of another task gives way to a new one. outline: of a .gguf, the model on the
+    meta device, without weights, which `decoder` will read one at a time."""
     path = locate(name, what)
     if path.is_file():
-        return Llama.from_tensors(*gguf_llama.read_llama(path), attention, str(path), copy=False), load_tokenizer(path)
+        config, tensors, weights = gguf_llama.open_llama(path)
+        if not outline:
+            tensors = {name: weights(name) for name in tensors}
+        model = Llama.from_tensors(config, tensors, attention, str(path), copy=False)
+        if outline:
+            model.weights = weights
+        return model, load_tokenizer(path)
     if (path / "adapter_config.json").exists():
         return load_adapted(path, what)
     if not (path / "config.json").exists():
@@ -386,13 +399,17 @@ def decoder(model, kind="none"):
     in 8 bits); of other models, devices and kinds, and with adapters in it, the model itself, quantised if asked."""
 
     def product(W):
-        held = {"weight": W.detach()} if kind == "none" else quant.KINDS[kind][0](W.detach())
-        return fused_linear.Product("float32" if kind == "none" else kind, W.shape, **held)
+        if kind == "none":
+            return fused_linear.Product("float32", W.shape, weight=W.detach())
+        pieces = [quant.KINDS[kind][0](rows) for rows in W.detach().split(4096)]  # a head at once needs half a gigabyte
+        return fused_linear.Product(kind, W.shape, **{name: torch.cat([p[name] for p in pieces]) for name in pieces[0]})
 
+    block, weights = fused_linear.llama_block if fused_linear.available() else None, getattr(model, "weights", None)
+    if weights:
+        return Decoder(model, product, fused.attention, block, weights=weights)
     if isinstance(model, Llama) and {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}:
         with contextlib.suppress(ValueError):  # an adapter, a prefix or a prompt, or codes already
             if kind != "nf4":
-                block = fused_linear.llama_block if fused_linear.available() else None
                 return Decoder(model, product, fused.attention, block)
     if kind != "none":
         quant.quantise(model, kind, linear=fused_product)

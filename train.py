@@ -43,6 +43,7 @@ from minimal import fused, quant, runs
 from minimal.chat import START, kind_of
 from minimal.checkpoint import load_checkpoint, save_checkpoint, write_beside
 from minimal.examples import FIELDS
+from minimal.matmul import use_onednn
 from minimal.microbatch import free_bytes, largest_microbatch, peak_bytes
 from minimal.optim import cosine_schedule
 from minimal.recompute import Meter, table
@@ -372,6 +373,8 @@ def complete(s):
     s.dtype = s.dtype or ("bfloat16" if half else "float32")
     if s.threads:
         torch.set_num_threads(s.threads)
+    if s.device == "cpu":
+        use_onednn()
     return s
 
 
@@ -823,7 +826,8 @@ def load_for(action, s):
         check_lora(folder, action)
     if not s.base:
         print(f"base: {folder}", file=sys.stderr)
-    model, tokenizer = load_model(folder)
+    outline = action in ("--sample", "--chat") and s.quantise_base != "nf4"  # a decoder reads the weights by itself
+    model, tokenizer = load_model(folder, outline=outline)
     s.model = next(name for name, kind in MODELS.items() if type(model) is kind)
     note, own, asked = note_of(folder), getattr(model.config, "task", None), s.task  # the second is a BERT's
     of_run = note.get("settings", note)
@@ -843,7 +847,9 @@ def load_for(action, s):
         raise ValueError(f"--seq-len {s.seq_len}: the context of {folder} is {context} tokens")
     s.seq_len = s.seq_len or (context and min(context, 512))
     s.finetune = s.base = None  # nothing of them matters from here on
-    return folder, model.to(complete(s).device).eval(), tokenizer
+    if complete(s).device != "cpu" and hasattr(model, "weights"):
+        model, _ = load_model(folder)
+    return folder, model if hasattr(model, "weights") else model.to(s.device).eval(), tokenizer
 
 
 def dry_run(s):

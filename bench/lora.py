@@ -36,6 +36,7 @@ from minimal.attention import attention  # noqa: E402
 from minimal.gguf_llama import read_llama  # noqa: E402
 from minimal.llama import Llama  # noqa: E402
 from minimal.loss import linear_cross_entropy  # noqa: E402
+from minimal.matmul import use_onednn  # noqa: E402
 from models import fused_product  # noqa: E402
 
 SHAPES = {"2 x 256": (2, 256, 7), "4 x 512": (4, 512, 3)}  # (rows, tokens, rounds)
@@ -85,6 +86,9 @@ def stepper(side):
     optimiser, loss = (theirs if side == "theirs" else ours)(side)
 
     def step(ids):
+        torch.set_float32_matmul_precision("highest")  # as PyTorch begins
+        if side != "theirs":
+            use_onednn()  # as train.py does
         started = time.perf_counter()
         loss(ids).backward()
         optimiser.step()

@@ -2,7 +2,8 @@
 """A pretraining step beside the one of transformers: `python bench/pretrain.py` (pip install transformers).
 
     ours      minimal.gpt.GPT with the fused attention, its blocks' backward pass by hand (minimal.lean_gpt), the fused
-              GELU (minimal.fused_mlp) and torch.optim.AdamW(fused=True), as train.py trains
+              GELU (minimal.fused_mlp), torch.optim.AdamW(fused=True) and, on an AMD with AVX-512, the products of
+              minimal.matmul, as train.py trains
     compiled  the same model without lean_gpt, its loss by torch.compile, as `train.py --compile` has it
     theirs    transformers' GPT2LMHeadModel of the same sizes, eager, torch.optim.AdamW with its default settings
 
@@ -34,6 +35,7 @@ import torch  # noqa: E402
 from minimal import fused, fused_mlp, lean_gpt  # noqa: E402
 from minimal.attention import attention  # noqa: E402
 from minimal.gpt import GPT, GPTConfig  # noqa: E402
+from minimal.matmul import use_onednn  # noqa: E402
 
 VOCABULARY = 65
 CASES = {  # name: (blocks, width, heads, context, batch, rounds)
@@ -84,6 +86,9 @@ def stepper(make, L, C, H, T, B):
     ids = torch.randint(0, VOCABULARY, (B, T + 1))
 
     def step():
+        torch.set_float32_matmul_precision("highest")  # as PyTorch begins
+        if make is not theirs:
+            use_onednn()
         started = time.perf_counter()
         loss(ids).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

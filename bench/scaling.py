@@ -42,6 +42,7 @@ from minimal import fused  # noqa: E402
 from minimal.attention import attention  # noqa: E402
 from minimal.gpt import GPT, GPTConfig, torch_attention  # noqa: E402
 from minimal.llama import Llama, LlamaConfig  # noqa: E402
+from minimal.matmul import use_onednn  # noqa: E402
 from minimal.recompute import add_recompute  # noqa: E402
 
 VOCABULARY, BLOCKS, HEAD = 65, 4, 64
@@ -265,6 +266,7 @@ def main():
     parser.add_argument("--memory-of", nargs=2, metavar=("T", "HOW"), help="print one peak in MB and stop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    use_onednn()  # as train.py does
     if args.memory_of:
         print(peak(int(args.memory_of[0]), args.memory_of[1]))
         return

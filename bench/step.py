@@ -23,6 +23,7 @@ from minimal import fused  # noqa: E402
 from minimal.attention import attention, torch_attention  # noqa: E402
 from minimal.gpt import GPT, GPTConfig  # noqa: E402
 from minimal.llama import Llama, LlamaConfig  # noqa: E402
+from minimal.matmul import use_onednn  # noqa: E402
 
 ROUNDS = 15
 
@@ -72,6 +73,7 @@ def measure(model, B, T, documents):
 def main():
     if not fused.available():
         sys.exit(f"bench/step.py needs the fused operators, but they are {fused.why_not()}")
+    use_onednn()  # as train.py does
     rows = {}
     print(f"{os.cpu_count()} cores, torch {torch.__version__}; milliseconds a step: fused, PyTorch's attention; ratio")
     for name, case in CASES.items():

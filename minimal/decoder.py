@@ -16,7 +16,8 @@ The numbers are minimal/llama.py's up to rounding (the test says how near). How 
 
 so a weight may be float32, as by default, or codes of a few bits with a fused product (minimal/fused_linear.py), where
 `block` computes all of this for one new token in one operation. The weights are the decoder's own: the model can be
-deleted. It is no nn.Module, and gives no gradients.
+deleted, or never have had any (on the meta device, where `weights` gives them one at a time). It is no nn.Module, and
+gives no gradients.
 
     decoder = Decoder(model)                             # or product=..., attention=...
     cache = []
@@ -74,10 +75,14 @@ class Decoder:
     model: of minimal/llama.py, without adapters (merge them), of one dtype. product: see the module. attention: called
     with q (B, H, T, D), k, v (B, Hkv, S, D), which are views of longer buffers, and causal. block: None, or what takes
     the place of `block` below for T = 1, such as fused_linear.llama_block. context: tokens at most, by default the
-    model's. last: of how many positions at the end a call gives logits, if it reads so many. ValueError: last below 1,
-    a model of another kind, with hooks, or with other parameters."""
+    model's. last: of how many positions at the end a call gives logits, if it reads so many. weights: None, or a
+    function of a parameter's name that gives its tensor, in place of the model's own, such as the third that
+    gguf_llama.open_llama gives: so no more than a layer, or the head, is ever there as floats.
+    ValueError: last below 1, a model of another kind, with hooks, or with other parameters."""
 
-    def __init__(self, model, product=Product, attention=torch_attention, block=None, context=None, last=1):
+    def __init__(
+        self, model, product=Product, attention=torch_attention, block=None, context=None, last=1, weights=None
+    ):
         if last < 1:
             raise ValueError(f"last = {last!r}: wanted 1 or more positions to give logits of")
         if not all(hasattr(getattr(model, "model", None), name) for name in ("embed_tokens", "layers", "norm")):
@@ -90,11 +95,13 @@ class Decoder:
             raise ValueError(f"parameter {other[0]!r} is no Llama's, such as a prefix; wanted it merged or removed")
         self.config, self.attention, self.one, self.last = model.config, attention, block, last
         with torch.no_grad():
-            self.layers = [self._layer(block, product) for block in model.model.layers]
-            self.norm = model.model.norm.weight.detach().clone()
-            self.head = product(model.lm_head.weight)
-            tied = model.lm_head.weight is model.model.embed_tokens.weight and hasattr(self.head, "rows")
-            self.embed = self.head if tied else Product(model.model.embed_tokens.weight)
+            get = weights or dict(model.named_parameters(remove_duplicate=False)).get
+            self.layers = [self._layer(f"model.layers.{i}.", get, product) for i in range(len(model.model.layers))]
+            self.norm = get("model.norm.weight").detach().clone()
+            tied = model.lm_head.weight is model.model.embed_tokens.weight
+            self.head = product(get("model.embed_tokens.weight" if tied else "lm_head.weight"))
+            shared = tied and hasattr(self.head, "rows")
+            self.embed = self.head if shared else Product(get("model.embed_tokens.weight"))
             self.context = context or self.config.max_position_embeddings
             at = torch.arange(self.context, dtype=torch.float32, device=self.norm.device)
             angle = at[:, None] * rotary_frequencies(self.config, device=self.norm.device)  # (P, D/2)
@@ -102,14 +109,16 @@ class Decoder:
             self.sin = torch.cat((-angle.sin(), angle.sin()), 1).to(self.norm.dtype)  # (P, D)
 
     @staticmethod
-    def _layer(block, product):
-        a, m = block.self_attn, block.mlp
+    def _layer(at, get, product):
+        def joined(*names):
+            return product(torch.cat([get(f"{at}{name}_proj.weight") for name in names]))
+
         return types.SimpleNamespace(
-            norms=[n.weight.detach().clone() for n in (block.input_layernorm, block.post_attention_layernorm)],
-            qkv=product(torch.cat((a.q_proj.weight, a.k_proj.weight, a.v_proj.weight))),
-            o=product(a.o_proj.weight),
-            gate_up=product(torch.cat((m.gate_proj.weight, m.up_proj.weight))),
-            down=product(m.down_proj.weight),
+            norms=[get(f"{at}{name}_layernorm.weight").detach().clone() for name in ("input", "post_attention")],
+            qkv=joined("self_attn.q", "self_attn.k", "self_attn.v"),
+            o=joined("self_attn.o"),
+            gate_up=joined("mlp.gate", "mlp.up"),
+            down=joined("mlp.down"),
         )
 
     @torch.inference_mode()

@@ -16,8 +16,9 @@ Where such a file differs from Hugging Face's folder, each a known trap:
   1 / (k_i + (1 - k_i) / factor) with k_i = clamp((8192 f_i / 2 pi - 1) / (4 - 1), 0, 1): the factor is its largest.
 - A tied head is left out of the file. The size of the vocabulary is that of the embedding.
 
-Departures: quantised weights become float32, so a file of 5 bits a weight takes six times its size in memory. The
-tokenizer is not read (minimal/gguf_format.py: tokenizer_of).
+Departures: quantised weights become float32, so a file of 5 bits a weight takes six times its size in memory; who wants
+them one at a time, as minimal/decoder.py does, takes open_llama. The tokenizer is not read (minimal/gguf_format.py:
+tokenizer_of).
 
     config, tensors = read_llama("model.gguf")                  # config: a dict as in config.json
     model = Llama.from_tensors(config, tensors)                 # of minimal/llama.py
@@ -64,9 +65,19 @@ def read_llama(path):
     and scaled positions other than linear ones or Llama 3.1's. Whether each tensor is there, and of the right shape, is
     for the model to check. Time and memory are bounded by the size of the file.
     """
+    config, outline, tensor = open_llama(path)
+    return config, {name: tensor(name) for name in outline}
+
+
+def open_llama(path):
+    """-> (config, outline, tensor): as read_llama, which raises what this does, without reading a weight yet.
+
+    outline: {name: a tensor on the meta device that has its shape}, of which Llama.from_tensors makes a model without
+    memory; tensor(name) reads and dequantises one, anew at each call: for Decoder's `weights`, of minimal/decoder.py.
+    """
     gguf, numpy = _library("gguf"), _library("numpy")
     try:
-        entries, stored = _read(path, gguf, numpy)
+        entries, stored, read = _open(path, gguf, numpy)
         if (architecture := entries.get("general.architecture")) != "llama":
             raise ValueError(f"general.architecture = {architecture!r}, wanted 'llama'")
         said = {name.removeprefix("llama."): value for name, value in entries.items()}
@@ -92,18 +103,27 @@ def read_llama(path):
         if scaling == "linear":
             config["rope_scaling"] = {"rope_type": "linear", "factor": said.get("rope.scaling.factor")}
         if "rope_freqs.weight" in stored:
-            config["rope_scaling"] = _llama3(stored.pop("rope_freqs.weight"), D, config["rope_theta"], scaling)
+            del stored["rope_freqs.weight"]
+            config["rope_scaling"] = _llama3(read("rope_freqs.weight"), D, config["rope_theta"], scaling)
         heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-        tensors = {}
-        for name, t in stored.items():
-            match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
+        outline, places = {}, {}
+        for place, t in stored.items():
+            match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", place)
             if not match or match[2] not in _NAMES:
-                raise ValueError(f"the tensor {name} is none of a Llama's")
+                raise ValueError(f"the tensor {place} is none of a Llama's")
             name = (f"model.layers.{match[1]}." if match[1] else "") + f"{_NAMES[match[2]]}.weight"
-            tensors[name] = _halves(t, heads[match[2]]) if match[2] in heads else t
+            outline[name], places[name] = _halves(t, heads.get(match[2])), (place, heads.get(match[2]))
     except Exception as error:
         raise _in_one_line(path, error) from None
-    return config, tensors
+
+    def tensor(name):
+        place, count = places[name]
+        try:
+            return _halves(read(place), count)
+        except Exception as error:
+            raise _in_one_line(path, error) from None
+
+    return config, outline, tensor
 
 
 # Same as minimal/llama.py: _in_one_line
@@ -113,7 +133,10 @@ def _in_one_line(where, error):  # libraries raise all kinds on damaged bytes; a
 
 
 def _halves(w, heads):
-    """Rows of W_q or W_k whose pairs are neighbours, (x0 y0 x1 y1 ..) in each head -> halves, (x0 x1 .. y0 y1 ..)."""
+    """Rows of W_q or W_k whose pairs are neighbours, (x0 y0 x1 y1 ..) in each head -> halves, (x0 x1 .. y0 y1 ..).
+    heads: None for another weight, which stays as it is."""
+    if heads is None:
+        return w
     return w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)  # (H D, C) -> (H, D/2, 2, C) -> (H D, C)
 
 
@@ -128,8 +151,8 @@ def _llama3(divisors, D, theta, scaling):
     raise ValueError("rope_freqs.weight: wanted the divisors of Llama 3.1, for a context of 8192 made longer")
 
 
-def _read(path, gguf, numpy):
-    """Entries (arrays left out), and the tensors by name, in float32.
+def _open(path, gguf, numpy):
+    """Entries (arrays left out); the tensors by name, on the meta device; what reads one of them, in float32.
 
     gguf's own reader takes sizes on trust, and seconds for a vocabulary; here no more is read than there are bytes."""
     at, entries, found, end, data = 0, {}, {}, 0, memoryview(numpy.memmap(path, numpy.uint8, "r"))
@@ -175,14 +198,20 @@ def _read(path, gguf, numpy):
             raise ValueError(f"{name}, {kind.name} {shape} at {offset}: wanted whole blocks of {block}, and byte {end}")
         rows = *shape[:-1], shape[-1] // block * size  # in bytes
         end += math.prod(rows) + -math.prod(rows) % align
-        found[name] = kind, offset, rows
+        found[name] = kind, offset, rows, shape
     start = at + -at % align
     if start + end >= len(data) + align:  # the last tensor may lack its padding
         raise ValueError(f"the file ends at {len(data)}, its tensors at {start + end}")
-    for name, (kind, offset, rows) in found.items():
-        blocks = numpy.array(data[start + offset :][: math.prod(rows)]).reshape(rows)  # in memory of its own
-        found[name] = torch.from_numpy(gguf.dequantize(blocks, kind))
-    return entries, found
+
+    def read(name):
+        kind, offset, rows, shape = found[name]
+        stored, whole = data[start + offset :][: math.prod(rows)], torch.empty(math.prod(shape[:-1]), shape[-1])
+        for i in range(0, len(whole), 4096):  # by pieces: what is needed in between is several times as large
+            blocks = numpy.array(stored[i * rows[-1] : (i + 4096) * rows[-1]]).reshape(-1, rows[-1])
+            whole[i : i + 4096] = torch.from_numpy(gguf.dequantize(blocks, kind))
+        return whole.view(shape)
+
+    return entries, {name: torch.empty(shape, device="meta") for name, (*_, shape) in found.items()}, read
 
 
 if __name__ == "__main__":

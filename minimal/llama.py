@@ -268,12 +268,11 @@ class Llama(nn.Module):
     @classmethod
     def from_tensors(cls, config, tensors, attention=torch_attention, where="the tensors", copy=True):
         """The model, in eval mode, of a dict as in config.json and {Hugging Face's name: tensor}: as float32, copied or
-        with copy=False shared where it is that. Raises ValueError in one line that begins with `where`."""
+        with copy=False shared where it is that (on meta too). Raises ValueError, one line that begins with `where`."""
         try:
             c, state = _config(config), dict(tensors)
-            layers = min(c.num_hidden_layers, len(state) // 9 + 1)  # a damaged number shall cost no time or memory
-            with torch.device("meta"):  # names and shapes without memory
-                model = cls(replace(c, num_hidden_layers=layers), attention)
+            with torch.device("meta"):  # names and shapes without memory, and few if a number is damaged
+                model = cls(replace(c, num_hidden_layers=min(c.num_hidden_layers, len(state) // 9 + 1)), attention)
             if c.tie_word_embeddings:
                 state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight"))
             _same_names("", state, expected := model.state_dict())
@@ -283,9 +282,10 @@ class Llama(nn.Module):
                 state[name] = t.to(torch.float32, copy=copy).contiguous()
             model.load_state_dict(state, assign=True)
             if c.tie_word_embeddings:
-                if not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight):
+                embed = model.model.embed_tokens.weight
+                if "lm_head.weight" in tensors and not torch.equal(model.lm_head.weight, embed):
                     raise ValueError("lm_head.weight differs from model.embed_tokens.weight, wanted a tied head")
-                model.lm_head.weight = model.model.embed_tokens.weight
+                model.lm_head.weight = embed
             return model.eval()
         except Exception as error:
             raise _in_one_line(where, error) from None

@@ -919,3 +919,23 @@ def test_profile_says_where_time_and_memory_go(capsys):
     assert steps == {"ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"} and len(lines(out)) == 6
     plain = pretrain(out="out/plain", steps=6)
     assert [a["loss"] for a in lines(out)] == [a["loss"] for a in lines(plain)]
+
+
+def test_nothing_of_the_compiler_is_imported():
+    """torch._dynamo takes a second, sympy a fifth of one: no run needs them, of a new model or of one that is read."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+def check(*flags):
+    train.main([*flags])
+    slow = {{"sympy", "torch._dynamo"}} & sys.modules.keys()
+    assert not slow, (flags, slow)
+tiny = {[*TINY, "--data", "corpus", "--steps", "2"]!r}
+for model in "gpt", "llama":
+    check(*tiny, "--model", model)
+    check(*tiny, "--finetune", "lora", "--base", f"out/{{model}}")
+    check("--base", f"out/{{model}}", "--sample", "def", "--new-tokens", "3")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
