@@ -182,10 +182,14 @@ def save_tokenizer(tokenizer, folder):
         write_beside(file, lambda beside: beside.write_text(template, encoding="utf-8"))
 
 
-@torch.library.impl("aten::normal_", "Meta")
 def undrawn(x, *_, **__):
     """What a model on the meta device is initialised with: PyTorch's own imports torch._dynamo, a second and 70 MB."""
     return x
+
+
+META = torch.library.Library("aten", "IMPL", "Meta")  # kept: what it registers goes with it
+with contextlib.suppress(TypeError, RuntimeError):  # an older PyTorch keeps its own, and starts later
+    META.impl("normal_", undrawn, allow_override=True)
 
 
 def load_model(name, what="--base", task=None, labels=None, outline=False):
@@ -394,18 +398,22 @@ def fused_product(x, kind, shape, dtype, bias, dynamic, **held):
 fused_product.unpack = fused_linear.unpack
 
 
+def held_product(kind, W):
+    """A weight as a decoder multiplies with it: "none" for float32, "int8" or "int4"."""
+    if kind == "none":
+        return fused_linear.Product("float32", W.shape, weight=W.detach())
+    pieces = [quant.KINDS[kind][0](rows) for rows in W.detach().split(4096)]  # a head at once needs half a gigabyte
+    return fused_linear.Product(kind, W.shape, **{name: torch.cat([p[name] for p in pieces]) for name in pieces[0]})
+
+
 def decoder(model, kind="none"):
     """What text is written with: a Llama in few operations, its weights in float32, "int8" or "int4" (and activations
     in 8 bits); of other models, devices and kinds, and with adapters in it, the model itself, quantised if asked."""
-
-    def product(W):
-        if kind == "none":
-            return fused_linear.Product("float32", W.shape, weight=W.detach())
-        pieces = [quant.KINDS[kind][0](rows) for rows in W.detach().split(4096)]  # a head at once needs half a gigabyte
-        return fused_linear.Product(kind, W.shape, **{name: torch.cat([p[name] for p in pieces]) for name in pieces[0]})
-
+    product = functools.partial(held_product, kind)
     block, weights = fused_linear.llama_block if fused_linear.available() else None, getattr(model, "weights", None)
     if weights:
+        if kind == "nf4":
+            raise ValueError("nf4: wanted a model with its weights, not an outline")
         return Decoder(model, product, fused.attention, block, weights=weights)
     if isinstance(model, Llama) and {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}:
         with contextlib.suppress(ValueError):  # an adapter, a prefix or a prompt, or codes already

@@ -47,22 +47,21 @@ def folder():
 
 class Ours:
     def __init__(self, kind):
-        from minimal import fused, fused_linear, quant, runs
+        from minimal import fused, fused_linear, runs
         from minimal.decoder import Decoder
-        from minimal.gguf_llama import open_llama
-        from minimal.llama import Llama
+        from models import held_product, load_model
 
         def product(W):
-            W = W.detach()
-            held = {"weight": W.to(getattr(torch, kind))} if "float" in kind else quant.KINDS[kind][0](W)
-            made = fused_linear.Product(kind, W.shape, **held)
-            self.bytes += sum(t.nbytes for t in held.values())
+            if kind == "bfloat16":
+                made = fused_linear.Product(kind, W.shape, weight=W.bfloat16())
+            else:
+                made = held_product(kind if "int" in kind else "none", W)
+            self.bytes += sum(t.nbytes for t in made.parts if t is not None)
             return made
 
         self.bytes = 0
-        config, outline, weights = open_llama(folder() / FILE)
-        model = Llama.from_tensors(config, outline, copy=False)  # on the meta device, as in train.py
-        self.decoder = Decoder(model, product, fused.attention, fused_linear.llama_block, weights=weights)
+        model, _ = load_model(folder() / FILE, outline=True)  # as in train.py
+        self.decoder = Decoder(model, product, fused.attention, fused_linear.llama_block, weights=model.weights)
         runs.trim_memory()
 
     def prefill(self, ids, cache=None):

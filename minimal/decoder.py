@@ -28,6 +28,7 @@ Letters: B batch, T new tokens, P context, H query heads, Hkv key-value heads, D
 """
 
 import math
+import operator
 import re
 import types
 
@@ -77,7 +78,7 @@ class Decoder:
     the place of `block` below for T = 1, such as fused_linear.llama_block. context: tokens at most, by default the
     model's. last: of how many positions at the end a call gives logits, if it reads so many. weights: None, or a
     function of a parameter's name that gives its tensor, in place of the model's own, such as the third that
-    gguf_llama.open_llama gives: so no more than a layer, or the head, is ever there as floats.
+    gguf_llama.open_llama gives: where `product` keeps codes, only one product's weights are floats at a time.
     ValueError: last below 1, a model of another kind, with hooks, or with other parameters."""
 
     def __init__(
@@ -95,7 +96,7 @@ class Decoder:
             raise ValueError(f"parameter {other[0]!r} is no Llama's, such as a prefix; wanted it merged or removed")
         self.config, self.attention, self.one, self.last = model.config, attention, block, last
         with torch.no_grad():
-            get = weights or dict(model.named_parameters(remove_duplicate=False)).get
+            get = weights or (lambda name: operator.attrgetter(name)(model))
             self.layers = [self._layer(f"model.layers.{i}.", get, product) for i in range(len(model.model.layers))]
             self.norm = get("model.norm.weight").detach().clone()
             tied = model.lm_head.weight is model.model.embed_tokens.weight
@@ -111,7 +112,8 @@ class Decoder:
     @staticmethod
     def _layer(at, get, product):
         def joined(*names):
-            return product(torch.cat([get(f"{at}{name}_proj.weight") for name in names]))
+            parts = [get(f"{at}{name}_proj.weight") for name in names]
+            return product(torch.cat(parts) if len(parts) > 1 else parts[0])
 
         return types.SimpleNamespace(
             norms=[get(f"{at}{name}_layernorm.weight").detach().clone() for name in ("input", "post_attention")],

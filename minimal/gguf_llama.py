@@ -16,8 +16,8 @@ Where such a file differs from Hugging Face's folder, each a known trap:
   1 / (k_i + (1 - k_i) / factor) with k_i = clamp((8192 f_i / 2 pi - 1) / (4 - 1), 0, 1): the factor is its largest.
 - A tied head is left out of the file. The size of the vocabulary is that of the embedding.
 
-Departures: quantised weights become float32, so a file of 5 bits a weight takes six times its size in memory; who wants
-them one at a time, as minimal/decoder.py does, takes open_llama. The tokenizer is not read (minimal/gguf_format.py:
+Departures: quantised weights become float32, so a file of 5 bits a weight takes six times its size in memory; to read
+them one at a time, as minimal/decoder.py can, there is open_llama. The tokenizer is not read (minimal/gguf_format.py:
 tokenizer_of).
 
     config, tensors = read_llama("model.gguf")                  # config: a dict as in config.json
@@ -70,7 +70,8 @@ def read_llama(path):
 
 
 def open_llama(path):
-    """-> (config, outline, tensor): as read_llama, which raises what this does, without reading a weight yet.
+    """-> (config, outline, tensor): as read_llama, but no weight is read yet. Raises the same; a type that cannot be
+    dequantised is refused by `tensor`.
 
     outline: {name: a tensor on the meta device that has its shape}, of which Llama.from_tensors makes a model without
     memory; tensor(name) reads and dequantises one, anew at each call: for Decoder's `weights`, of minimal/decoder.py.

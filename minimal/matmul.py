@@ -50,7 +50,7 @@ def why_not():
 def use_onednn():
     """Lets oneDNN compute PyTorch's float32 products in this process, where it is faster and as exact.
 
-    -> None if it does now; else in one line why not, and nothing has changed."""
+    -> None if this call has set it; else in one line why not, such as that it was set before: nothing has changed."""
     if reason := why_not():
         return reason
     torch.set_float32_matmul_precision("medium")

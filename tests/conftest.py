@@ -32,3 +32,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def float32_products():
+    """train.py may have set how they are computed; the next test begins as PyTorch does."""
+    yield
+    torch.set_float32_matmul_precision("highest")

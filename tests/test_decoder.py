@@ -122,6 +122,15 @@ def test_logits_of_the_last_positions_and_a_shorter_length():
         Decoder(llama(), last=0)
 
 
+def test_of_a_quantised_model():
+    """Its weights are no parameters, and are read anew."""
+    model, ids = llama(), torch.randint(70, (2, 9))
+    quant.quantise(model, "int8")
+    logits = Decoder(model)(ids)
+    quant.dequantise(model)
+    assert torch.equal(logits, Decoder(model)(ids))
+
+
 def test_generate_takes_it():
     model, ids = llama(), torch.randint(70, (2, 5))
     wanted = generate(model, ids, 40, temperature=0)
