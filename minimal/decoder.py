@@ -74,16 +74,16 @@ class Decoder:
     """Called as a Llama is, (ids, cache) -> logits, but of the last positions; `config` is the model's.
 
     model: of minimal/llama.py, without adapters (merge them), of one dtype. product: see the module. attention: called
-    with q (B, H, T, D), k, v (B, Hkv, S, D), which are views of longer buffers, and causal. block: None, or what takes
+    with q (B, H, T, D), k, v (B, Hkv, S, D), which are views of longer buffers, and causal. head: `product` of the
+    head (and of the embedding that it is tied to), which bears fewer bits worse. block: None, or what takes
     the place of `block` below for T = 1, such as fused_linear.llama_block. context: tokens at most, by default the
     model's. last: of how many positions at the end a call gives logits, if it reads so many. weights: None, or a
     function of a parameter's name that gives its tensor, in place of the model's own, such as the third that
     gguf_llama.open_llama gives: where `product` keeps codes, only one product's weights are floats at a time.
     ValueError: last below 1, a model of another kind, with hooks, or with other parameters."""
 
-    def __init__(
-        self, model, product=Product, attention=torch_attention, block=None, context=None, last=1, weights=None
-    ):
+    def __init__(self, model, product=Product, attention=torch_attention, block=None, context=None, last=1,
+                 weights=None, head=None):  # fmt: skip
         if last < 1:
             raise ValueError(f"last = {last!r}: wanted 1 or more positions to give logits of")
         if not all(hasattr(getattr(model, "model", None), name) for name in ("embed_tokens", "layers", "norm")):
@@ -100,7 +100,7 @@ class Decoder:
             self.layers = [self._layer(f"model.layers.{i}.", get, product) for i in range(len(model.model.layers))]
             self.norm = get("model.norm.weight").detach().clone()
             tied = model.lm_head.weight is model.model.embed_tokens.weight
-            self.head = product(get("model.embed_tokens.weight" if tied else "lm_head.weight"))
+            self.head = (head or product)(get("model.embed_tokens.weight" if tied else "lm_head.weight"))
             shared = tied and hasattr(self.head, "rows")
             self.embed = self.head if shared else Product(get("model.embed_tokens.weight"))
             self.context = context or self.config.max_position_embeddings

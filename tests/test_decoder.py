@@ -131,6 +131,17 @@ def test_of_a_quantised_model():
     assert torch.equal(logits, Decoder(model)(ids))
 
 
+@needs_operators
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_of_other_bits(tied):
+    model, ids = llama(tie_word_embeddings=tied), torch.randint(70, (2, 9))
+    decoder = Decoder(model, product("float32"), head=product("int8"))
+    with torch.no_grad():
+        W = fused_linear.unpack("int8", (70, 64), **held("int8", model.lm_head.weight))
+        model.lm_head.weight.copy_(W)  # and with it the embedding, if it is tied
+        near(decoder(ids), model.double()(ids)[:, -1:])
+
+
 def test_generate_takes_it():
     model, ids = llama(), torch.randint(70, (2, 5))
     wanted = generate(model, ids, 40, temperature=0)

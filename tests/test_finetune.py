@@ -17,7 +17,7 @@ import models
 import tasks
 import train
 import uses
-from minimal import features, gguf_format
+from minimal import features, gguf_format, quant
 
 WORDS = "red blue green black white amber coral ivory lilac ochre".split()
 CHATS = [("What is the capital of France?", "Paris."), ("Who wrote Hamlet?", "Shakespeare."), ("Say hello.", "Hello!")]
@@ -507,6 +507,13 @@ def test_show_data_shows_rows_of_the_file(capsys):
                 assert text.count("user\n") == (task == "chat")
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_decoders_weight_of_many_rows_is_encoded_in_pieces(kind):
+    W = torch.randn(5000, 64)
+    whole = quant.KINDS[kind][0](W)
+    assert all(torch.equal(a, b) for a, b in zip(models.held_product(kind, W).how[3], whole.values(), strict=True))
+
+
 def test_an_adapter_names_its_task_to_peft(capsys):
     import peft
     import transformers
@@ -895,10 +902,11 @@ def test_a_llama_writes_with_weights_in_few_bits(capsys):
     taken = []
     with pytest.MonkeyPatch.context() as patch:
         plain = models.Decoder
-        patch.setattr(models, "Decoder", lambda *args: taken.append(plain(*args)) or taken[-1])
+        patch.setattr(models, "Decoder", lambda *args, **how: taken.append(plain(*args, **how)) or taken[-1])
         for kind in ("int8", "int4"):
             assert says("--quantise-base", kind).startswith("What")
-    assert [d.head.how[0] for d in taken] == ["int8", "int4"]
+    assert [d.layers[0].down.how[0] for d in taken] == ["int8", "int4"]
+    assert [d.head.how[0] for d in taken] == ["int8", "int8"]  # one of 4 bits would say other things
     assert says("--quantise-base", "nf4").startswith("What")
     fails(["--base", "out/llama", "--eval", "--quantise-base", "int4"], capsys, "--quantise-base int4")
     for method in ("lora", "prefix", "prompt"):  # these the decoder would leave out

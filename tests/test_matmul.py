@@ -8,15 +8,6 @@ from hypothesis import strategies as st
 
 from minimal import matmul
 
-
-@pytest.fixture(autouse=True)
-def restored():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 sizes = st.integers(1, 70) | st.sampled_from([128, 200, 333])
 
 
