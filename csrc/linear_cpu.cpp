@@ -60,8 +60,6 @@ void linear_forward(View x, const Weight& weight, View bias, bool dynamic, View 
   const auto prepare = MINIMAL_BEST_VNNI(linear_prepare), outputs = MINIMAL_BEST_VNNI(linear_outputs);
   const int64_t width = MINIMAL_BEST_VNNI(OUTPUTS), pieces = (weight.O + width - 1) / width;
   const int64_t bytes = (const char*)weight.end - (const char*)weight.codes;
-  for (const char *begin = (const char*)weight.codes, *p = begin; p < weight.end && p < begin + 8192; p += 64)
-    __builtin_prefetch(p);  // on its way while x is prepared
   Linear a{x, weight, bias, dynamic, many, out, 0, 0, (char*)block.start().next};
   for (; a.row < N; a.row += rows) {
     a.rows = N - a.row < rows ? N - a.row : rows;

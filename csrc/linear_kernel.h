@@ -17,8 +17,7 @@ typedef int16_t vs __attribute__((vector_size(MINIMAL_VECTOR_BYTES)));
 constexpr int64_t GROUP = 32;        // columns
 constexpr int GROUP_VECTORS = GROUP / W;
 constexpr int BYTES = MINIMAL_VECTOR_BYTES;
-constexpr int BESIDE = MINIMAL_VECTOR_REGISTERS == 32 ? 4 : 2;  // outputs whose sums go side by side
-constexpr int64_t AHEAD = 8192;      // bytes that are fetched before their turn
+constexpr int BESIDE = 4;  // outputs whose sums go side by side
 constexpr float TINY = 1e-30f;       // a group of x below this counts as zero: its reciprocal must be finite
 
 // ------------------------------------------------------------------------------------------------ reading
@@ -43,6 +42,10 @@ INLINE vf from_half(vh h) {
 #if MINIMAL_VECTOR_BYTES == 64
   vf f;
   asm("vcvtph2ps %1, %0" : "=v"(f) : "v"(h));
+  return f;
+#elif MINIMAL_VECTOR_BYTES == 32
+  vf f;
+  asm("vcvtph2ps %1, %0" : "=x"(f) : "x"(h));
   return f;
 #else
   const vu u = __builtin_convertvector(h, vu), magnitude = u & 0x7fffu;
@@ -246,15 +249,24 @@ INLINE vi dot_signed(vi start, vc w, vc x) {
 constexpr int64_t OUTPUTS = W;  // of a piece of work
 constexpr int OFFSET = MINIMAL_VECTOR_BYTES == 64 ? 128 : 0;
 
-// Lanes 4 j to 4 j + 3 of the result are lane j + K W / 4 of v.
+// The scales of W groups, of which each quarter of a vector of codes has W / 4: first those with a remainder of 0 by W / 4,
+// then 1, ...; and lane K of each four in all four of them.
+INLINE vf by_remainder(vf v) {
+#if MINIMAL_VECTOR_BYTES == 64
+  return SHUFFLE(v, v, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+#elif MINIMAL_VECTOR_BYTES == 32
+  return SHUFFLE(v, v, 0, 2, 4, 6, 1, 3, 5, 7);
+#else
+  return v;
+#endif
+}
 template <int K>
 INLINE vf spread(vf v) {
 #if MINIMAL_VECTOR_BYTES == 64
-  constexpr int k = 4 * K;
-  return SHUFFLE(v, v, k, k, k, k, k + 1, k + 1, k + 1, k + 1, k + 2, k + 2, k + 2, k + 2, k + 3, k + 3, k + 3, k + 3);
+  constexpr int a = K + 4, b = K + 8, c = K + 12;
+  return SHUFFLE(v, v, K, K, K, K, a, a, a, a, b, b, b, b, c, c, c, c);
 #elif MINIMAL_VECTOR_BYTES == 32
-  constexpr int k = 2 * K;
-  return SHUFFLE(v, v, k, k, k, k, k + 1, k + 1, k + 1, k + 1);
+  return SHUFFLE(v, v, K, K, K, K, K + 4, K + 4, K + 4, K + 4);
 #else
   return SHUFFLE(v, v, K, K, K, K);
 #endif
@@ -279,32 +291,34 @@ struct RowGroup {  // for many rows: beside the q of a row in order, of each gro
 
 // q of one group, and its t: NaN where x is not finite, so that the result is NaN.
 static float round_group(const float* x, int8_t* q) {
-  vf largest = {}, bad = {};
-  for (int i = 0; i < GROUP; i += W) {
-    const vf v = load(x + i), size = v < 0 ? -v : v;
-    largest = maximum(size, largest);
-    bad += v * 0.0f;
+  vi largest = {};  // without a sign floats are ordered as their bits are, and past infinity is NaN
+  UNROLL for (int i = 0; i < GROUP; i += W) {
+    const vi size = (vi)load(x + i) & 0x7fffffff;
+    largest = size > largest ? size : largest;
   }
-  const float most_of = largest_lane(largest), nan = sum_lanes(bad);
-  const float inverse = most_of > TINY ? 127 / most_of : 0;
+  UNROLL for (int n = 1; n < W; n *= 2) {
+    const vi low = (vi)zip_low((vf)largest, (vf)largest), high = (vi)zip_high((vf)largest, (vf)largest);
+    largest = low > high ? low : high;
+  }
+  const bool finite = largest[0] < 0x7f800000;
+  const float most_of = ((vf)largest)[0], inverse = finite && most_of > TINY ? 127 / most_of : 0;
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
-  for (int i = 0; i < GROUP; i += W) {
-    const vb bytes = __builtin_convertvector((vu)(load(x + i) * inverse + round) & 0xffu, vb);
-    __builtin_memcpy(q + i, &bytes, sizeof bytes);
-  }
-  return nan == nan ? (most_of > TINY ? most_of / 127 : 0) : nan;
+  alignas(64) int32_t line[GROUP];
+  UNROLL for (int i = 0; i < GROUP; i += W) store((float*)line + i, load(x + i) * inverse + round);
+  for (int i = 0; i < GROUP; i++) q[i] = (int8_t)line[i];
+  return finite ? (most_of > TINY ? most_of / 127 : 0) : __builtin_nanf("");
 }
 
 // Row n of x as the products read it. `line` has room for a row of floats.
 static void prepare(const Linear& a, int64_t n, float* line, char* to) {
   const Weight& w = a.weight;
-  const int64_t C = w.C, wide = round_up(C, ROW);
+  const int64_t C = w.C, wide = round_up(C, ROW), used = round_up(C, GROUP * W);
   if (!a.dynamic) line = (float*)to;
   for (int64_t c = 0; c < C; c += W) store(line + c, read(a.x, n * a.x.stride[2] + c * a.x.stride[3], a.x.stride[3], C - c));
-  for (int64_t c = C; c < wide; c++) line[c] = 0;
+  for (int64_t c = C; c < used; c++) line[c] = 0;
   if (!a.dynamic) return;
   alignas(64) int8_t q[GROUP];
-  for (int64_t c = 0; c < wide; c += GROUP) {
+  for (int64_t c = 0; c < used; c += GROUP) {
     const float t = round_group(line + c, q);
     int32_t sum = 0;
     if (a.many) {
@@ -312,12 +326,14 @@ static void prepare(const Linear& a, int64_t n, float* line, char* to) {
       __builtin_memcpy(to + c, q, GROUP);
       ((RowGroup*)(to + wide))[c / GROUP] = {t, t * sum, -OFFSET * sum};
     } else if (w.kind == Kind::int8)
-      for (int i = 0; i < GROUP; i += 4) {
+      for (int i = 0; i < GROUP; i += BYTES < GROUP ? BYTES : GROUP) {
         Slice& s = ((Slice*)to)[(c + i) / BYTES];
-        const int lane = (c + i) % BYTES / 4;
-        __builtin_memcpy((char*)&s.q + 4 * lane, q + i, 4);
-        ((int32_t*)&s.start)[lane] = -OFFSET * (q[i] + q[i + 1] + q[i + 2] + q[i + 3]);
-        ((float*)&s.scale)[lane] = t;
+        const int64_t n = least(BYTES, GROUP), at = (c + i) % BYTES;
+        __builtin_memcpy((char*)&s.q + at, q + i, n);
+        for (int64_t j = 0; j < n; j += 4) {
+          ((float*)&s.scale)[(at + j) / 4] = t;
+          if (OFFSET) ((int32_t*)&s.start)[(at + j) / 4] = -OFFSET * (q[i + j] + q[i + j + 1] + q[i + j + 2] + q[i + j + 3]);
+        }
       }
     else {
       const int64_t g = c / GROUP % W;
@@ -332,31 +348,28 @@ static void prepare(const Linear& a, int64_t n, float* line, char* to) {
 
 // ------------------------------------------------------------------------------------------------ sums of W outputs
 
-// sums[n][i] += the products of x's row n with output o[i], lane by lane, for BESIDE outputs.
-template <int N>
-INLINE void add_slice(const char* x, int64_t next, int64_t slice, const vc (&w)[BESIDE], vf (&sums)[N][BESIDE]) {
+// sums[n][i] += the products of x's row n with output o[i], lane by lane, for M outputs.
+template <int N, int M>
+INLINE void add_slice(const char* x, int64_t next, int64_t slice, const vc (&w)[M], vf (&sums)[M][N]) {
   UNROLL for (int n = 0; n < N; n++) {
     const Slice& s = ((const Slice*)(x + n * next))[slice];
-    UNROLL for (int i = 0; i < BESIDE; i++)
-      sums[n][i] += as_floats(dot_signed(s.start, w[i], s.q)) * s.scale;
+    UNROLL for (int i = 0; i < M; i++)
+      sums[i][n] += as_floats(dot_signed(OFFSET ? s.start : vi{}, w[i], s.q)) * s.scale;
   }
 }
-template <int N>
-INLINE void add_int8(const Weight& a, const char* x, int64_t next, const int64_t (&o)[BESIDE], vf (&sums)[N][BESIDE]) {
-  const int8_t* row[BESIDE];
-  UNROLL for (int i = 0; i < BESIDE; i++) row[i] = (const int8_t*)a.codes + o[i] * a.C;
-  vc w[BESIDE];
+template <int N, int M>
+INLINE void add_int8(const Weight& a, const char* x, int64_t next, const int64_t (&o)[M], vf (&sums)[M][N]) {
+  const int8_t* row[M];
+  UNROLL for (int i = 0; i < M; i++) row[i] = (const int8_t*)a.codes + o[i] * a.C;
+  vc w[M];
   int64_t c = 0;
   for (; c + BYTES <= a.C; c += BYTES) {
-    UNROLL for (int i = 0; i < BESIDE; i++) {
-      __builtin_prefetch(row[i] + c + AHEAD);
-      w[i] = load_as<vc>(row[i] + c);
-    }
-    add_slice<N>(x, next, c / BYTES, w, sums);
+    UNROLL for (int i = 0; i < M; i++) w[i] = load_as<vc>(row[i] + c);
+    add_slice<N, M>(x, next, c / BYTES, w, sums);
   }
   if (c < a.C) {
-    for (int i = 0; i < BESIDE; i++) w[i] = load_over<vc>(row[i] + c, a.C - c, a.end);
-    add_slice<N>(x, next, c / BYTES, w, sums);
+    for (int i = 0; i < M; i++) w[i] = load_over<vc>(row[i] + c, a.C - c, a.end);
+    add_slice<N, M>(x, next, c / BYTES, w, sums);
   }
 }
 
@@ -366,86 +379,93 @@ INLINE void add_quarter(const Block* (&x)[N], vc codes, const vf (&scale)[N], vf
   UNROLL for (int n = 0; n < N; n++)
     sums[n] += as_floats(dot_small(low, x[n]->low[K], high, x[n]->high[K])) * spread<K>(scale[n]);
 }
-template <int N>
-INLINE void add_int4(const Weight& a, const char* x, int64_t next, const int64_t (&o)[BESIDE], vf (&sums)[N][BESIDE]) {
-  const int64_t G = (a.C + GROUP - 1) / GROUP;
-  for (int64_t g = 0; g < G; g += W) {
-    const Block* block[N];
-    UNROLL for (int n = 0; n < N; n++) block[n] = (const Block*)(x + n * next) + g / W;
-    const int64_t left = G - g;
-    for (int i = 0; i < BESIDE; i++) {
-      const int64_t at = o[i] * G + g, left_bytes = left * 16;
-      const char* p = (const char*)a.codes + at * 16;
-      vh s = load_over<vh>(a.scale16 + at, left * 2, a.scale16 + a.O * G);
-      vh l = load_over<vh>(a.least16 + at, left * 2, a.least16 + a.O * G);
-      vf scale = from_half(s), least = from_half(l), of[N], part[N];
-      if (left < W) {
-        const auto there = lane_numbers() < (int32_t)left;
-        scale = there ? scale : vf{}, least = there ? least : vf{};
-      }
-      UNROLL for (int n = 0; n < N; n++) of[n] = scale * block[n]->scale, part[n] = sums[n][i] + least * block[n]->sum;
-      if (left >= W) {
-        UNROLL for (int k = 0; k < 4; k++) __builtin_prefetch(p + k * BYTES + AHEAD);
-        add_quarter<0, N>(block, load_as<vc>(p), of, part);
-        add_quarter<1, N>(block, load_as<vc>(p + BYTES), of, part);
-        add_quarter<2, N>(block, load_as<vc>(p + 2 * BYTES), of, part);
-        add_quarter<3, N>(block, load_as<vc>(p + 3 * BYTES), of, part);
-      } else {
-        add_quarter<0, N>(block, load_over<vc>(p, left_bytes, a.end), of, part);
-        if (left > W / 4) add_quarter<1, N>(block, load_over<vc>(p + BYTES, left_bytes - BYTES, a.end), of, part);
-        if (left > W / 2) add_quarter<2, N>(block, load_over<vc>(p + 2 * BYTES, left_bytes - 2 * BYTES, a.end), of, part);
-        if (left > W / 4 * 3) add_quarter<3, N>(block, load_over<vc>(p + 3 * BYTES, left_bytes - 3 * BYTES, a.end), of, part);
-      }
-      UNROLL for (int n = 0; n < N; n++) sums[n][i] = part[n];
-    }
+// Adds W groups from number `at` on, or the `left` ones at the end of a row.
+template <bool WHOLE, int N>
+INLINE void add_groups(const Weight& a, const Block* (&x)[N], int64_t at, int64_t left, vf (&sums)[N]) {
+  const char* p = (const char*)a.codes + at * 16;
+  const uint16_t *scales = a.scale16 + at, *leasts = a.least16 + at;
+  vf scale, least, of[N];
+  if (WHOLE) scale = from_half(load_as<vh>(scales)), least = from_half(load_as<vh>(leasts));
+  else {
+    const auto there = lane_numbers() < (int32_t)left;
+    const int64_t all = a.O * ((a.C + GROUP - 1) / GROUP);
+    scale = there ? from_half(load_over<vh>(scales, left * 2, a.scale16 + all)) : vf{};
+    least = there ? from_half(load_over<vh>(leasts, left * 2, a.least16 + all)) : vf{};
   }
+  UNROLL for (int n = 0; n < N; n++) of[n] = by_remainder(scale * x[n]->scale), sums[n] += least * x[n]->sum;
+  auto codes = [&](int k) { return WHOLE ? load_as<vc>(p + k * BYTES) : load_over<vc>(p + k * BYTES, left * 16 - k * BYTES, a.end); };
+  add_quarter<0, N>(x, codes(0), of, sums);
+  if (WHOLE || left > W / 4) add_quarter<1, N>(x, codes(1), of, sums);
+  if (WHOLE || left > W / 2) add_quarter<2, N>(x, codes(2), of, sums);
+  if (WHOLE || left > W / 4 * 3) add_quarter<3, N>(x, codes(3), of, sums);
+}
+template <int N, int M>
+INLINE void add_int4(const Weight& a, const char* x, int64_t next, const int64_t (&o)[M], vf (&sums)[M][N]) {
+  const int64_t G = (a.C + GROUP - 1) / GROUP;
+  const Block* block[N];
+  int64_t g = 0;
+  for (; g + W <= G; g += W) {
+    UNROLL for (int n = 0; n < N; n++) block[n] = (const Block*)(x + n * next) + g / W;
+    UNROLL for (int i = 0; i < M; i++) add_groups<true, N>(a, block, o[i] * G + g, W, sums[i]);
+  }
+  if (g == G) return;
+  UNROLL for (int n = 0; n < N; n++) block[n] = (const Block*)(x + n * next) + g / W;
+  for (int i = 0; i < M; i++) add_groups<false, N>(a, block, o[i] * G + g, G - g, sums[i]);
 }
 
-template <class K, int N>
-INLINE void add_floats(const Weight& a, const char* x, int64_t next, const int64_t (&o)[BESIDE], vf (&sums)[N][BESIDE]) {
+template <class K, int N, int M>
+INLINE void add_floats(const Weight& a, const char* x, int64_t next, const int64_t (&o)[M], vf (&sums)[M][N]) {
   const int64_t G = (a.C + GROUP - 1) / GROUP;
   for (int64_t g = 0; g < G; g++) {
-    UNROLL for (int i = 0; i < BESIDE; i++) {
-      __builtin_prefetch((const char*)a.codes + (o[i] * G + g) * (GROUP * K::BITS / 8) + AHEAD);
+    UNROLL for (int i = 0; i < M; i++) {
       const Group w = K::read(a, o[i], g);
       UNROLL for (int n = 0; n < N; n++)
         UNROLL for (int j = 0; j < GROUP_VECTORS; j++)
-          sums[n][i] += w.w[j] * load((const float*)(x + n * next) + g * GROUP + j * W);
+          sums[i][n] += w.w[j] * load((const float*)(x + n * next) + g * GROUP + j * W);
     }
   }
 }
 
-// Outputs o to o + W - 1 for N rows of x from row n on.
-template <class K, bool DYNAMIC, int N>
-static void outputs(const Linear& a, const char* x, int64_t next, int64_t n, int64_t o) {
+// N rows of x from row n on, with M times W outputs: those from o, o + far, ...
+template <class K, bool DYNAMIC, int N, int M>
+static void outputs(const Linear& a, const char* x, int64_t next, int64_t n, int64_t o, int64_t far) {
   const Weight& w = a.weight;
-  vf part[N][W];
-  for (int i = 0; i < W; i += BESIDE) {
-    vf sums[N][BESIDE] = {};
-    int64_t at[BESIDE];
-    UNROLL for (int j = 0; j < BESIDE; j++) at[j] = least(o + i + j, w.O - 1);
-    if constexpr (!DYNAMIC) add_floats<K, N>(w, x, next, at, sums);
-    else if constexpr (__is_same(K, Int8)) add_int8<N>(w, x, next, at, sums);
-    else add_int4<N>(w, x, next, at, sums);
+  vf part[M][N][W];
+  for (int i = 0; i < W; i++) {
+    vf sums[M][N] = {};
+    int64_t at[M];
+    UNROLL for (int j = 0; j < M; j++) at[j] = least(o + j * far + i, w.O - 1);
+    if constexpr (!DYNAMIC) add_floats<K, N, M>(w, x, next, at, sums);
+    else if constexpr (__is_same(K, Int8)) add_int8<N, M>(w, x, next, at, sums);
+    else add_int4<N, M>(w, x, next, at, sums);
     UNROLL for (int m = 0; m < N; m++)
-      UNROLL for (int j = 0; j < BESIDE; j++) part[m][i + j] = sums[m][j];
+      UNROLL for (int j = 0; j < M; j++) part[j][m][i] = sums[j][m];
   }
-  const vf scale = K::scale(w, o);
-  const vf bias = a.bias.data ? read(a.bias, o * a.bias.stride[3], a.bias.stride[3], w.O - o) : vf{};
-  UNROLL for (int m = 0; m < N; m++) write(a.out, (n + m) * w.O + o, 1, w.O - o, sum_lanes(part[m]) * scale + bias);
+  for (int j = 0; j < M; j++, o += far) {
+    const vf scale = K::scale(w, o);
+    const vf bias = a.bias.data ? read(a.bias, o * a.bias.stride[3], a.bias.stride[3], w.O - o) : vf{};
+    UNROLL for (int m = 0; m < N; m++) write(a.out, (n + m) * w.O + o, 1, w.O - o, sum_lanes(part[j][m]) * scale + bias);
+  }
 }
+template <class K, bool DYNAMIC, int M>
+static void all_rows(const Linear& a, int64_t o, int64_t far) {
+  const int64_t next = round_up(a.weight.C, ROW) * 4;
+  for (int64_t n = 0; n < a.rows; n += 4) {
+    const char* x = a.prepared + n * next;
+    const int64_t rows = least(4, a.rows - n), m = a.row + n;
+    if (rows == 1) outputs<K, DYNAMIC, 1, M>(a, x, next, m, o, far);
+    if (rows == 2) outputs<K, DYNAMIC, 2, M>(a, x, next, m, o, far);
+    if (rows == 3) outputs<K, DYNAMIC, 3, M>(a, x, next, m, o, far);
+    if (rows == 4) outputs<K, DYNAMIC, 4, M>(a, x, next, m, o, far);
+  }
+}
+// A processor fetches several rows far apart, each on to the next, sooner than it does one row after the other: so the
+// pieces of a range are not worked on in order, but one from each quarter side by side.
 template <class K, bool DYNAMIC>
 static void all_outputs(const Linear& a, int64_t begin, int64_t end) {
-  const int64_t next = round_up(a.weight.C, ROW) * 4;
-  for (int64_t i = begin; i < end; i++)
-    for (int64_t n = 0; n < a.rows; n += 4) {
-      const char* x = a.prepared + n * next;
-      const int64_t rows = least(4, a.rows - n), m = a.row + n;
-      if (rows == 1) outputs<K, DYNAMIC, 1>(a, x, next, m, i * W);
-      if (rows == 2) outputs<K, DYNAMIC, 2>(a, x, next, m, i * W);
-      if (rows == 3) outputs<K, DYNAMIC, 3>(a, x, next, m, i * W);
-      if (rows == 4) outputs<K, DYNAMIC, 4>(a, x, next, m, i * W);
-    }
+  const int64_t far = (end - begin) / BESIDE, rest = begin + far * BESIDE;
+  for (int64_t i = begin; i < begin + far; i++) all_rows<K, DYNAMIC, BESIDE>(a, i * W, far * W);
+  for (int64_t i = rest; i < end; i++) all_rows<K, DYNAMIC, 1>(a, i * W, 0);
 }
 
 // ------------------------------------------------------------------------------------------------ many rows of integers

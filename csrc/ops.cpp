@@ -470,6 +470,13 @@ Weight held_nf4(const char* op, const Tensor& codes, const Tensor& absmax, const
   return w;
 }
 
+Weight held_floats(const char* op, const char* name, const Tensor& weight, const Dtypes& wanted, int64_t C) {
+  const View v = held(op, name, weight, wanted, {-1, C}, "(O, C)");
+  Weight w{v.type == Type::f32 ? Kind::f32 : Kind::bf16, v.size[2], v.size[3], v.data};
+  w.end = static_cast<const char*>(v.data) + bytes_of(v.type) * w.O * w.C;
+  return w;
+}
+
 // x (N, C); C is asked for before the weight is known.
 View rows(const char* op, const Tensor& x) { return view(op, "x", x, kFloats, 2); }
 
@@ -510,10 +517,11 @@ Tensor linear_nf4(const Tensor& x, const Tensor& codes, const Tensor& absmax, co
 }
 Tensor linear_bf16(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* op = "minimal::linear_bf16";
-  const View v = held(op, "weight", weight, kBfloat16, {-1, -1}, "(O, C)");
-  Weight w{Kind::bf16, v.size[2], v.size[3], v.data};
-  w.end = static_cast<const char*>(v.data) + 2 * w.O * w.C;
-  return linear(op, x, rows(op, x), w, bias, false);
+  return linear(op, x, rows(op, x), held_floats(op, "weight", weight, kBfloat16, -1), bias, false);
+}
+Tensor linear_f32(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const char* op = "minimal::linear_f32";
+  return linear(op, x, rows(op, x), held_floats(op, "weight", weight, kFloat32, -1), bias, false);
 }
 
 Tensor unpacked(const char* op, const Weight& w, const Sizes& sizes, int64_t dim, bool bfloat16) {
@@ -559,10 +567,7 @@ Weight weight_of(const char* op, const char* name, const Tensor& codes, const st
     return w;
   }
   constexpr Dtypes floats{true, true, false, "float32, bfloat16, int8 or uint8"};
-  const View v = held(op, name, codes, floats, {-1, C}, "(O, C)");
-  Weight w{v.type == Type::f32 ? Kind::f32 : Kind::bf16, v.size[2], C, v.data};
-  w.end = static_cast<const char*>(v.data) + bytes_of(v.type) * w.O * w.C;
-  return w;
+  return held_floats(op, name, codes, floats, C);
 }
 
 Tensor llama_block(const Tensor& x, const Tensor& norm1, const Tensor& norm2,
@@ -638,6 +643,7 @@ STABLE_TORCH_LIBRARY(minimal, m) {
   m.def("linear_int4(Tensor x, Tensor codes, Tensor scale, Tensor least, Tensor? bias, bool dynamic) -> Tensor");
   m.def("linear_nf4(Tensor x, " MINIMAL_NF4 "Tensor? bias) -> Tensor");
   m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear_f32(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("unpack_int8(Tensor codes, Tensor scale, bool bfloat16) -> Tensor");
   m.def("unpack_int4(Tensor codes, Tensor scale, Tensor least, int C, bool bfloat16) -> Tensor");
   m.def("unpack_nf4(" MINIMAL_NF4 "int first, int count, bool bfloat16) -> Tensor");  // of W flattened, a part
@@ -663,6 +669,7 @@ STABLE_TORCH_LIBRARY_IMPL(minimal, CPU, m) {
   m.impl("linear_int4", TORCH_BOX(&linear_int4));
   m.impl("linear_nf4", TORCH_BOX(&linear_nf4));
   m.impl("linear_bf16", TORCH_BOX(&linear_bf16));
+  m.impl("linear_f32", TORCH_BOX(&linear_f32));
   m.impl("unpack_int8", TORCH_BOX(&unpack_int8));
   m.impl("unpack_int4", TORCH_BOX(&unpack_int4));
   m.impl("unpack_nf4", TORCH_BOX(&unpack_nf4));

@@ -71,7 +71,9 @@ bool has_amx() {
 bool runs_here(Isa isa) {
 #if MINIMAL_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  unsigned a, b, c = 0, d;
+  const bool half = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // whose name not every compiler's builtin knows
+  const bool avx2 = half && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == Isa::avx2) return avx2;
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -53,6 +53,7 @@ HELD = {
     "bfloat16": ("weight",),
 }
 FEW = 16  # rows up to which the operators win over unpacking W, where they do not for all
+FEW_FLOATS = 8  # the same beside F.linear, where there is nothing to unpack
 PANEL = 1 << 20  # weights that are unpacked at a time: 4 MB of float32
 
 
@@ -111,7 +112,8 @@ def _register_rules() -> None:
     fake("linear_int8", lambda x, codes, *rest: x.new_empty(x.shape[0], codes.shape[0]))
     fake("linear_int4", lambda x, codes, *rest: x.new_empty(x.shape[0], codes.shape[0]))
     fake("linear_nf4", lambda x, codes, *rest: x.new_empty(x.shape[0], codes.shape[0] * 2 // x.shape[1]))
-    fake("linear_bf16", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
+    for name in ("linear_bf16", "linear_f32"):
+        fake(name, lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
     torch.library.register_fake("minimal::llama_block", lambda x, *rest: torch.empty_like(x))
     fake("unpack_int8", lambda codes, scale, half: codes.new_empty(codes.shape, dtype=dtype(half)))
     fake("unpack_int4", lambda codes, scale, least, C, half: codes.new_empty(codes.shape[0], C, dtype=dtype(half)))
@@ -173,17 +175,20 @@ def unpack(kind: str, shape, dtype=torch.float32, **held) -> Tensor:
 class Product:
     """x W^T of a weight W (O, C) held in parts, without gradient and with few checks: for minimal/decoder.py.
 
-    kind, shape, held and dynamic as in linear, and "float32" with weight, which is F.linear. Called with x (N, C) it
-    gives (N, O); rows(ids) gives W[ids] in float32, (n, C), for ids (n,); not of nf4, whose blocks do not end with the
-    rows (ValueError)."""
+    kind, shape, held and dynamic as in linear, and "float32" with weight, which is F.linear for more than eight rows.
+    Called with x (N, C) it gives (N, O); rows(ids) gives W[ids] in float32, (n, C), for ids (n,); not of nf4, whose
+    blocks do not end with the rows (ValueError)."""
 
     def __init__(self, kind, shape, *, dynamic=True, **held):
-        whole = [held["weight"]] if kind == "float32" and [*held] == ["weight"] else _parts(kind, held)
+        whole = [held["weight"].contiguous()] if kind == "float32" and [*held] == ["weight"] else _parts(kind, held)
         self.how = kind, tuple(shape), dynamic, whole
         self.parts = (*whole, None, None)[:3]  # codes, scale and least, as llama_block wants them
 
     def __call__(self, x):
-        return F.linear(x, self.parts[0]) if self.how[0] == "float32" else _product(x, None, *self.how)
+        if self.how[0] != "float32":
+            return _product(x, None, *self.how)
+        few, W = x.shape[0] <= FEW_FLOATS and why_not(x) is None, self.parts[0]
+        return torch.ops.minimal.linear_f32.default(x, W, None) if few else F.linear(x, W)
 
     def rows(self, ids):
         kind, (_, C), _, parts = self.how

@@ -35,6 +35,7 @@ ROOT = pathlib.Path(fused_linear.__file__).parent.parent
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 ops = torch.ops.minimal
 KINDS = list(fused_linear.HELD)
+FEW_KINDS = [*KINDS, "float32"]  # of which the last has an operator for few rows, and nothing to unpack
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def drawn(kind, O, C, gen):
     if kind == "nf4":
         absmax, scale = integers(-127, 128, (n,), torch.int8), randn(-(-n // 256)).abs() / 100
         return {"codes": integers(0, 256, (32 * n,), torch.uint8), "absmax": absmax, "scale": scale, "mean": randn(1)}
-    return {"weight": randn(O, C).bfloat16()}
+    return {"weight": randn(O, C) if kind == "float32" else randn(O, C).bfloat16()}
 
 
 def wide(kind, O, C, held, swapped=False):
@@ -155,7 +156,7 @@ def few(kind, x, bias, held, dynamic):
         return getattr(ops, f"linear_{kind}")(x, *held.values(), bias, dynamic)
     if kind == "nf4":
         return ops.linear_nf4(x, *held.values(), fused_linear.LEVELS, bias)
-    return ops.linear_bf16(x, *held.values(), bias)
+    return (ops.linear_f32 if kind == "float32" else ops.linear_bf16)(x, *held.values(), bias)
 
 
 # ---------------------------------------------------------------------------------------------- values
@@ -170,7 +171,7 @@ def test_many_rows_in_integers(isa, case):  # with AVX-512 they have a kernel of
 
 
 @pytest.mark.parametrize("isa", SETS)
-@given(case=cases(multiple=True), dynamic=st.booleans())
+@given(case=cases(FEW_KINDS, multiple=True), dynamic=st.booleans())
 def test_few_rows_against_float64(isa, case, dynamic):
     C_.choose_instruction_set(isa)
     kind, x, (O, C), bias, held = case
@@ -269,7 +270,7 @@ def test_extreme_codes_do_not_overflow(isa, kind):
 
 
 @pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("rows", [3, 17])
 def test_what_is_not_finite_stays_in_its_row(isa, kind, bad, rows):
@@ -286,7 +287,13 @@ def test_a_bad_weight_stays_in_its_output(isa, O):  # although vectors reach ove
     C_.choose_instruction_set(isa)
     for C, rows in itertools.product((1, 17, 40, 100), (2, 18)):
         x = torch.randn(rows, C)
-        for kind, name in (("int4", "scale"), ("int4", "least"), ("bfloat16", "weight"), ("int8", "scale")):
+        for kind, name in (
+            ("int4", "scale"),
+            ("int4", "least"),
+            ("bfloat16", "weight"),
+            ("float32", "weight"),
+            ("int8", "scale"),
+        ):
             held = drawn(kind, O, C, torch.Generator().manual_seed(0))
             held[name][O // 2] = float("nan")
             good = torch.arange(O) != O // 2
@@ -301,7 +308,7 @@ def test_nothing_past_the_end_is_read():
     code = """
         import ctypes, mmap, sys, torch
         sys.path.insert(0, "tests")
-        from test_fused_linear import C_, KINDS, SETS, drawn, few, fused_linear
+        from test_fused_linear import C_, FEW_KINDS, SETS, drawn, few, fused_linear
         libc, page, kept = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
         def at_the_end(t):
             if t is None or not t.numel():
@@ -314,7 +321,7 @@ def test_nothing_past_the_end_is_read():
             moved = torch.frombuffer(block, dtype=t.dtype, count=t.numel(), offset=room - t.nbytes).view(t.shape)
             return moved.copy_(t)
         gen = torch.Generator().manual_seed(0)
-        for kind in KINDS:
+        for kind in FEW_KINDS:
             for O, C in ((1, 1), (3, 31), (5, 64), (17, 100), (33, 192), (2, 577), (18, 1057), (7, 32), (15, 160)):
                 if kind == "nf4":
                     C = -(-C // 64) * 64
@@ -324,7 +331,8 @@ def test_nothing_past_the_end_is_read():
                     for isa in SETS:
                         C_.choose_instruction_set(isa)
                         few(kind, x, bias, held, True), few(kind, x.bfloat16(), None, held, False)
-                        fused_linear.unpack(kind, (O, C), **held)
+                        if kind != "float32":
+                            fused_linear.unpack(kind, (O, C), **held)
         if "check" in sys.argv:  # the guard itself: what reads too far does die
             ctypes.string_at(x.data_ptr(), x.nbytes + 1)
         print("fine")
@@ -349,7 +357,7 @@ def test_every_float16_is_read(isa):
 
 
 @pytest.mark.parametrize("isa", SETS)
-@given(case=cases(rows=st.integers(1, 8), multiple=True), dynamic=st.booleans())
+@given(case=cases(FEW_KINDS, rows=st.integers(1, 8), multiple=True), dynamic=st.booleans())
 def test_same_bits_for_every_number_of_threads_and_rows(isa, case, dynamic):
     """So that what a token gets does not depend on what else is in the batch."""
     C_.choose_instruction_set(isa)
@@ -364,14 +372,25 @@ def test_same_bits_for_every_number_of_threads_and_rows(isa, case, dynamic):
     torch.set_num_threads(2)
 
 
+@given(case=cases(["float32"], rows=st.integers(0, 2 * fused_linear.FEW_FLOATS)))
+def test_a_product_of_floats_takes_any_number_of_rows(case):
+    kind, x, (O, C), _, held = case
+    x = x.float()
+    product = fused_linear.Product(kind, (O, C), **held)
+    check(product(x), x, wide(kind, O, C, held), None, False)
+    assert torch.equal(product.rows(torch.arange(O)), held["weight"])
+
+
 def test_large_layers_use_both_threads():  # past the size below which one thread does it all
-    for kind in KINDS:
+    for kind in FEW_KINDS:
         held = drawn(kind, 1000, 320, torch.Generator().manual_seed(0))
         for rows in (3, 300):  # more than are worked on at a time
             x = torch.randn(rows, 320)
             check(few(kind, x, None, held, True), x, wide(kind, 1000, 320, held), None, True)
         exact = wide(kind, 1000, 320, held)
-        assert torch.allclose(fused_linear.unpack(kind, (1000, 320), **held).double(), exact, 1e-5, 1e-5)
+        assert kind == "float32" or torch.allclose(
+            fused_linear.unpack(kind, (1000, 320), **held).double(), exact, 1e-5, 1e-5
+        )
 
 
 # ---------------------------------------------------------------------------------------------- gradients
@@ -459,6 +478,7 @@ def test_opcheck_compile_rules(kind):
         torch.library.opcheck(ops.unpack_nf4.default, (*parts, fused_linear.LEVELS, 64, 200, False))
     if kind == "bfloat16":
         torch.library.opcheck(ops.linear_bf16.default, (x, *parts, bias))
+        torch.library.opcheck(ops.linear_f32.default, (x, parts[0].float(), bias))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -526,6 +546,8 @@ def wrong():
     yield "nf4", "scale", torch.zeros(2), r"scale has shape \(2\); wanted \(1,\)"
     yield "nf4", "mean", torch.zeros(()), "mean has shape"
     yield "bfloat16", "weight", torch.zeros(5, 64), "weight has dtype float32; wanted bfloat16"
+    yield "float32", "weight", torch.zeros(5, 64).bfloat16(), "weight has dtype bfloat16; wanted float32"
+    yield "float32", "weight", torch.zeros(64, 5).mT, "weight .* has gaps or swapped dimensions; wanted a cont"
     yield "bfloat16", "weight", torch.zeros(5, 60).bfloat16(), r"x has shape \(2, 64\); wanted \(N, 60\)"
     gone = torch.zeros(5, 64, dtype=torch.int8)
     gone.untyped_storage().resize_(0)
