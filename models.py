@@ -40,12 +40,12 @@ from minimal.checkpoint import write_beside
 from minimal.decoder import Decoder
 from minimal.distill import distillation_loss, skip_layers
 from minimal.gpt import GPT, GPTConfig
-from minimal.lean import make_lean
+from minimal.lean import make_lean, make_plain
 from minimal.llama import Llama, LlamaConfig
 from minimal.loss import linear_cross_entropy
 from minimal.optim import SGD, AdamW, Muon, decay_groups, muon_groups
 from minimal.pretrained_bpe import PretrainedBPE
-from minimal.recompute import add_recompute
+from minimal.recompute import Meter, add_recompute, remove_recompute
 from minimal.rnn import RNN, RNNConfig
 from minimal.runs import read_json
 from minimal.tokenizer import Tokenizer
@@ -421,7 +421,10 @@ def decoder(model, kind="none"):
         with contextlib.suppress(ValueError):  # an adapter, a prefix or a prompt, or codes already
             if kind != "nf4":
                 return Decoder(model, product, fused.attention, block, head=head)
-    if kind != "none":
+    held = {m.kind for m in model.modules() if isinstance(m, quant.QuantisedLinear)}
+    if held - {kind} and kind != "none":
+        raise ValueError(f"--quantise-base {kind}: the base is in {' and '.join(held)} already; wanted that, or none")
+    if kind != "none" and not held:
         quant.quantise(model, kind, linear=fused_product)
     return model
 
@@ -429,12 +432,43 @@ def decoder(model, kind="none"):
 def spare(s, model):
     """Faster, and less is kept for the backward pass: by hand of a GPT and of a Llama's LoRA; recomputed if asked."""
     lean_kind = isinstance(model, Llama) and s.finetune == "lora" and s.dtype == "float32"
-    if lean_kind and not (s.dora or s.lora_dropout or s.dropout or s.compile):
+    dropout = getattr(getattr(model, "config", None), "dropout", 0)  # the base's, where --dropout names none
+    if lean_kind and not (s.dora or s.lora_dropout or dropout or s.compile):
         make_lean(model, s.recompute, fused_mlp.swiglu, fused_mlp.swiglu_backward)
-    elif isinstance(model, GPT) and s.dtype == "float32" and not (s.dropout or s.compile or s.recompute):
+    elif isinstance(model, GPT) and s.dtype == "float32" and not (dropout or s.compile or s.recompute):
         lean_gpt.make_lean(model, fused_mlp.gelu, fused_mlp.gelu_backward)
     elif s.recompute:
         add_recompute(model)
+
+
+def savings(s, model, loss, batch, kept):
+    """What other settings would save of a step's memory, in lines for --profile. kept: bytes of activations now. What
+    they would be is measured, by a pass each; the weights of a base in few bits are counted."""
+
+    def peak(batch):
+        with torch.random.fork_rng(), Meter(model) as meter:
+            loss_on(s, loss, batch)[0].backward()
+        return meter.peak
+
+    rows, found = len(next(iter(batch.values()))), []
+    if rows > 1 and all(len(t) == rows for t in batch.values()):
+        half = {name: t[: rows // 2] for name, t in batch.items()}
+        found.append((f"--batch-size {rows // 2} --grad-accum {2 * s.grad_accum}", "activations", kept, peak(half)))
+    if not s.recompute and not s.compile and s.model not in ("vae", "rnn"):
+        for lean_of in (make_plain, lean_gpt.make_plain):
+            with contextlib.suppress(ValueError):  # not one of its models
+                lean_of(model)
+        spare(dataclasses.replace(s, recompute=True), model)
+        found.append(("--recompute", "activations", kept, peak(batch)))
+        with contextlib.suppress(ValueError):  # by hand, and not by add_recompute
+            remove_recompute(model)
+        spare(s, model)
+    if s.finetune == "lora" and s.quantise_base == "none":
+        held = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad)
+        found += [
+            (f"--quantise-base {k}", "weights", held, held * bits / 32) for k, bits in (("int8", 8), ("nf4", 4.13))
+        ]
+    return [f"{option:34} {what} {a / 2**20:,.1f} -> {b / 2**20:,.1f} MB" for option, what, a, b in found]
 
 
 def chunked_loss(model, ids, labels=None, documents=None, **smoothing):

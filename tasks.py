@@ -510,7 +510,9 @@ class Pairs:
 
     def validation(self):
         for i in range(max(1, EVAL_TOKENS // (self.s.seq_len * 32))):  # 32 rows, whatever --batch-size: the same masks
-            yield self.rows(self.val, [k % len(self.val) for k in range(i * 32, (i + 1) * 32)], i)
+            batch = self.rows(self.val, [k % len(self.val) for k in range(i * 32, (i + 1) * 32)], i)
+            for j in range(0, 32, n := at_once(self.s, 32)):
+                yield {name: tensor[j : j + n] for name, tensor in batch.items()}
 
     def scores(self, model, loss_sum):
         right, masked, same, rows = 0, 0, 0, 0
@@ -667,8 +669,8 @@ class Labelled:
         return f | {name: [*ids[:first], *adversarial.augment(ids[first:-1], mask_id, rng, mask=share), ids[-1]]}
 
     def validation(self):
-        for i in range(0, len(self.val_features), 64):
-            yield collate(self.s.task, self.val_features[i : i + 64], pad_id(self.tokenizer))
+        for i in range(0, len(self.val_features), n := at_once(self.s, 64)):
+            yield collate(self.s.task, self.val_features[i : i + n], pad_id(self.tokenizer))
 
     def scores(self, model, loss_sum):
         return judge(self.s.task, predict(self.s, model, self.tokenizer, self.val), self.val)
@@ -750,7 +752,7 @@ class Images:
         return {"x": self.train[torch.randint(len(self.train), (self.s.batch_size,), generator=generator)]}
 
     def validation(self):
-        return ({"x": x} for x in self.val.split(256))
+        return ({"x": x} for x in self.val.split(at_once(self.s, 256)))
 
     def scores(self, model, loss_sum):
         return {}
@@ -826,7 +828,8 @@ def predict(s, model, tokenizer, rows):
     asked = [{name: row[name] for name in FIELDS[s.task][: 2 if s.task == "qa" else 1]} for row in rows]
     features, found = encode(s.task, asked, tokenizer, s.seq_len, labels, segments_of(model)), []
     order = sorted(range(len(features)), key=lambda i: len(features[i].get("source") or features[i]["ids"]))
-    for few in (order[i : i + 64] for i in range(0, len(order), 64)):  # of like length: less padding
+    n = at_once(s, 64)
+    for few in (order[i : i + n] for i in range(0, len(order), n)):  # of like length: less padding
         batch = collate(s.task, [features[i] for i in few], pad_id(tokenizer))
         batch = {name: tensor.to(s.device) for name, tensor in batch.items()}
         if s.task == "seq2seq":
@@ -912,6 +915,11 @@ def evaluate(s, model, data):
         scores = {"val_loss": total / max(terms, 1)} | data.scores(model, total)
     model.train(training)
     return scores
+
+
+def at_once(s, most):
+    """How many rows are evaluated at a time: where a batch has to be small, so has this; no gradient needs less."""
+    return min(most, 4 * s.batch_size)
 
 
 def loss_on(s, loss, batch):

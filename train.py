@@ -69,6 +69,7 @@ from models import (
     renew,
     save_model,
     save_tokenizer,
+    savings,
     spare,
     student_of,
     weights_of,
@@ -288,12 +289,25 @@ ACTIONS = {  # instead of training; at most one
 }  # fmt: skip
 
 
+def choose_device(s):
+    """-> s.device, the best there is if it names none. ValueError: one that is not to be had."""
+    s.device = s.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    try:
+        usable = torch.device(s.device).type in ("cpu", "cuda", "mps") and torch.zeros(1, device=s.device) is not None
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise ValueError(f"--device {s.device}: not to be had with this PyTorch here; wanted cpu, cuda or mps")
+    return s.device
+
+
 def complete(s):
     """Fills what was left open, from the task, the recipe and the machine; refuses what does not go together."""
     if s.teacher and s.base and Path(s.teacher).resolve() != Path(s.base).resolve():
         raise ValueError(f"--teacher {s.teacher} beside --base {s.base}: wanted one, which the student begins from too")
-    if s.task is None and (s.base or s.teacher):
-        s.model, s.task = purpose_of(s.teacher or s.base, s.model, "--teacher" if s.teacher else "--base")
+    if (s.task is None or s.model is None) and (s.base or s.teacher):
+        s.model, task = purpose_of(s.teacher or s.base, s.model, "--teacher" if s.teacher else "--base")
+        s.task = s.task or task
     if s.task is None and s.model in (None, *TASKS["chat"].models) and s.data:
         check_unlabelled(s.data)
         kind = kind_of(s.data) or ("unknown" if s.data.endswith(".jsonl") else "text")  # chats_of names what is wrong
@@ -362,14 +376,7 @@ def complete(s):
     s.warmup = s.steps // 20 if s.warmup is None else s.warmup
     if s.warmup > s.steps:
         raise ValueError(f"--warmup {s.warmup}: wanted at most --steps, {s.steps}")
-    s.device = s.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
-    try:
-        usable = torch.device(s.device).type in ("cpu", "cuda", "mps") and torch.zeros(1, device=s.device) is not None
-    except (RuntimeError, AssertionError):
-        usable = False
-    if not usable:
-        raise ValueError(f"--device {s.device}: not to be had with this PyTorch here; wanted cpu, cuda or mps")
-    half = s.device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    half = choose_device(s).startswith("cuda") and torch.cuda.is_bf16_supported()
     s.dtype = s.dtype or ("bfloat16" if half else "float32")
     if s.threads:
         torch.set_num_threads(s.threads)
@@ -382,6 +389,7 @@ def split(s, model, loss, data):
     """--grad-accum auto: -> (rows in a microbatch, microbatches in a step), measured on the largest of some batches."""
     batch = max((data.batch(i) for i in range(16)), key=lambda batch: sum(t.numel() for t in batch.values()))
     rows, random = s.batch_size, torch.get_rng_state()
+    model.train()  # with dropout, which keeps more
 
     def peak(r):
         part = {name: t[: len(t) * r // rows] if len(t) >= rows else t for name, t in batch.items()}
@@ -391,7 +399,7 @@ def split(s, model, loss, data):
 
     try:
         budget = s.memory * 1e9 if s.memory else 0.8 * free_bytes(s.device)
-        each = largest_microbatch(peak, rows, budget)
+        each = largest_microbatch(peak, rows, 0.95 * budget)  # later steps find a heap with holes
     except RuntimeError as error:
         raise ValueError(f"--grad-accum auto: {error}") from None
     except ValueError as error:
@@ -466,11 +474,11 @@ def fit(s, model, data, teacher, folder, resume, record):
     due = progress.pop("due", None)  # of a step, already taken, whose evaluation a signal has ended: what to log of it
     saved, (seen, busy), sound, told = None, due[2:] if due else (0, 0.0), True, time.perf_counter()
     last = resume == "unfinished" and progress.get("over") == s.steps  # patience has run out
-    first = progress["step"]
+    first, trace = progress["step"], folder / "trace.json"
     model.train()
     with (
         runs.noted_signals() as signals,
-        runs.profiled(folder / "trace.json") if s.profile else contextlib.nullcontext(int) as profiled,
+        runs.profiled(trace, s.steps - first) if s.profile else contextlib.nullcontext(int) as profiled,
         tqdm(total=s.steps, initial=progress["step"], disable=None, unit="step") as bar,
     ):
         while progress["step"] < s.steps and not last:
@@ -501,7 +509,9 @@ def fit(s, model, data, teacher, folder, resume, record):
                 scaler.step(optimizer)
                 scaler.update()
                 if s.profile and step == first:
-                    bar.write(f"memory of a step:\n{table(model, optimizer, meter)}")
+                    bar.write(f"memory of a step:\n{table(model, optimizer, meter)}\nwhat would save some of it:")
+                    batch = data.batch(step * s.grad_accum)
+                    bar.write("\n".join(savings(s, model, loss, batch, meter.peak)) or "nothing that --help names")
             optimizer.zero_grad(set_to_none=True)
             progress["step"], last = step + 1, step + 1 == s.steps
             seen, busy, due = seen + terms, busy + time.perf_counter() - begun, None
@@ -826,7 +836,8 @@ def load_for(action, s):
         check_lora(folder, action)
     if not s.base:
         print(f"base: {folder}", file=sys.stderr)
-    outline = action in ("--sample", "--chat") and s.quantise_base != "nf4"  # a decoder reads the weights by itself
+    writes = action in ("--sample", "--chat") and choose_device(s) == "cpu"
+    outline = writes and s.quantise_base != "nf4"  # a decoder reads the weights by itself
     model, tokenizer = load_model(folder, outline=outline)
     s.model = next(name for name, kind in MODELS.items() if type(model) is kind)
     note, own, asked = note_of(folder), getattr(model.config, "task", None), s.task  # the second is a BERT's
@@ -847,8 +858,7 @@ def load_for(action, s):
         raise ValueError(f"--seq-len {s.seq_len}: the context of {folder} is {context} tokens")
     s.seq_len = s.seq_len or (context and min(context, 512))
     s.finetune = s.base = None  # nothing of them matters from here on
-    if complete(s).device != "cpu" and hasattr(model, "weights"):
-        model, _ = load_model(folder)
+    complete(s)
     return folder, model if hasattr(model, "weights") else model.to(s.device).eval(), tokenizer
 
 
@@ -892,6 +902,8 @@ def main(argv=None):
                 return score(s, *use, "data" in given)
             return merge(s, *use, "data" in given, s.out if "out" in given else None)
         if action == "--dry-run":
+            if s.profile:
+                raise ValueError("--profile: writes trace.json, and --dry-run nothing; wanted --steps 5 in its place")
             return dry_run(complete(s))
         if action == "--show-data":
             with tempfile.TemporaryDirectory() as temporary:

@@ -59,7 +59,7 @@ from tasks import (
 RUN_FILES = ["args.json", "metrics.jsonl", "state", "config.json", "model.safetensors", "tokenizer.json", "loss.png",
              "metrics.json", "samples.txt", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
              "tokenizer_config.json", "reconstructions.png", "samples.png", "walk.png", "merge.json", "table.md",
-             "table.json", "table.png"]  # fmt: skip
+             "table.json", "table.png", "trace.json"]  # fmt: skip
 
 
 def check_free(s, out):
@@ -91,6 +91,8 @@ def write_text(action, s, use, prompt):
     if s.task not in ("lm", "chat"):
         if action == "--chat":
             raise ValueError(f"--chat: {folder} was trained for {s.task}; wanted --sample, or a language model")
+        if s.quantise_base != "none":
+            raise ValueError(f"--quantise-base {s.quantise_base}: {folder} writes no text; wanted a model that does")
         if s.task == "mlm" and any(name.startswith("cls.") for name in model.fresh):  # a body alone, as minilm
             return print(similarities(s, model, tokenizer, prompt.split("|")))
         if s.task == "mlm":
@@ -446,6 +448,9 @@ OPTIONS = {  # settings of single methods: of which
 def check_options(s, given):
     """Refuses a setting of another method than the run's. given: the names on the command line"""
     methods = METHODS if s.finetune == "all" else [s.finetune]
+    if s.finetune == "all" and (own := [n for n in ("dora", "quantise_base") if n in given]):
+        row = {"dora": "dora", "quantise_base": "qlora"}[own[0]]
+        raise ValueError(f"{flag(own[0])}: --finetune all has a row of its own for that, {row}; wanted --finetune lora")
     for name in vars(s):
         if name in given and not set(OPTIONS.get(name, methods)) & set(methods):
             asked = flag(name) if getattr(s, name) is True else f"{flag(name)} {getattr(s, name)}".removesuffix(".0")

@@ -11,13 +11,14 @@
 Greedy, one row, a prompt of 32 random tokens, then 128 more. Prefill: 1,024 tokens at once. Sides take turns in one
 process; a ratio is the median over the rounds of ours over theirs in tokens per second, above 1 where we are faster.
 Reading: tokens per second that reading all weights once per token would allow, at the rate of a sum over 512 MB in the
-same rounds. Memory: resident set of a process of its own after decoding (Linux). Prints tables, writes
-bench/decode.json; takes about five minutes.
+same rounds. Memory: resident set of a process of its own after decoding (Linux). Speculation: float32 with its own
+weights in int4 as the draft, which says the same tokens, on three prompts of prose; calls: of the float32 model, a
+token. Prints tables, writes bench/decode.json; takes about five minutes.
 """
 
 import argparse
+import copy
 import importlib.util
-import json
 import os
 import pathlib
 import re
@@ -30,12 +31,19 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import report  # noqa: E402
 import torch  # noqa: E402
 
 KINDS = ("float32", "bfloat16", "int8", "int4")
 SIDES = (*KINDS, "transformers", "llama.cpp")
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT, NEW, LONG = 32, 128, 1024
+GUESSES = 3
+PROSE = (
+    "The lighthouse keeper had not expected a visitor before spring, and so when he heard the knock he",
+    "To bake bread at home one needs flour, water, salt and yeast. First,",
+    "In a computer the memory is slower than the processor, which is why",
+)
 
 
 def folder():
@@ -123,6 +131,45 @@ class LlamaCpp:
         return time.perf_counter() - started
 
 
+def speculation(rounds):
+    """Seconds for NEW greedy tokens, alone and with a draft, and how often the float32 model was called for them."""
+    from minimal.generate import speculate, stream
+    from models import load_model
+
+    products("float32")
+    alone, draft = Ours("float32").decoder, Ours("int4").decoder
+    target, calls = copy.copy(alone), 0
+    target.last = GUESSES + 1
+
+    def counted(ids, cache):
+        nonlocal calls
+        calls += 1
+        return target(ids, cache)
+
+    counted.config, counted.context = target.config, target.context
+    _, tokenizer = load_model(folder() / FILE, outline=True)
+    prompts = [torch.tensor([tokenizer.encode(text)]) for text in PROSE]
+    ratios, seconds = [], {"alone": [], "with a draft": []}
+    for _ in range(rounds):
+        for ids in prompts:
+            said, taken = {}, {}
+            for name in seconds:
+                how = dict(temperature=0.0)
+                started = time.perf_counter()
+                if name == "alone":
+                    said[name] = [int(t) for t in stream(alone, ids, NEW, **how)]
+                else:
+                    said[name] = [int(t) for t in speculate(counted, draft, ids, NEW, guesses=GUESSES, **how)]
+                taken[name] = time.perf_counter() - started
+                seconds[name].append(taken[name] / NEW)
+            assert said["alone"] == said["with a draft"]
+            ratios.append(taken["alone"] / taken["with a draft"])
+    row = {f"{name}, per s": 1 / statistics.median(each) for name, each in seconds.items()}
+    row |= {"ratio": statistics.median(ratios), "calls": calls / (rounds * len(prompts) * NEW), "guesses": GUESSES}
+    print("speculation: " + ", ".join(f"{name} {value:.2f}" for name, value in row.items()))
+    return row
+
+
 def make(side, threads):
     return Transformers() if side == "transformers" else LlamaCpp(threads) if side == "llama.cpp" else Ours(side)
 
@@ -204,10 +251,8 @@ def main():
                  "prefill_per_s", "prefill_over_transformers", "prefill_over_llama.cpp", "resident_mb")  # fmt: skip
         shown = (f"{row[name]:14.2f}" if row.get(name) is not None else " " * 14 for name in names)
         print(f"{side:14}{''.join(shown)}", flush=True)
-    path = ROOT / "bench" / "decode.json"
-    about = {"threads": args.threads, "torch": torch.__version__, "gb_per_s": rate / 1e9, "rounds": args.rounds}
-    path.with_suffix(".json.tmp").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-    os.replace(path.with_suffix(".json.tmp"), path)
+    about = {"threads": args.threads, "gb_per_s": rate / 1e9, "rounds": args.rounds}
+    report.write("decode", about | {"rows": rows, "speculation": speculation(args.rounds)})
 
 
 if __name__ == "__main__":

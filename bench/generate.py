@@ -19,10 +19,7 @@ faster. Prints tables and writes bench/generate.json.
 
 import argparse
 import importlib.util
-import json
-import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -31,6 +28,7 @@ import warnings
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import report  # noqa: E402
 import torch  # noqa: E402
 
 from minimal import fused  # noqa: E402
@@ -179,10 +177,7 @@ def main():
         row = row_of(in_turns(sides, args.rounds), "alone", "together", 1)
         rows.append({"part": "batch", "model": name, **row})
         print(f"{name}, s for {len(PROMPTS)} x {NEW} tokens:  " + ",  ".join(f"{n} {x:.2f}" for n, x in row.items()))
-    about = {"threads": args.threads, "rounds": args.rounds, "torch": torch.__version__, "attention": path}
-    text = json.dumps({"machine": platform.processor() or platform.machine(), **about, "rows": rows}, indent=1) + "\n"
-    (HERE / "generate.json.tmp").write_text(text)
-    os.replace(HERE / "generate.json.tmp", HERE / "generate.json")
+    report.write("generate", {"threads": args.threads, "rounds": args.rounds, "attention": path, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import report  # noqa: E402
 import torch  # noqa: E402
 
 from minimal import fused, fused_mlp, lean, lora, quant  # noqa: E402
@@ -154,9 +155,7 @@ def main():
                 else f"{peaks[side][0]:17.0f} {shares[0]:9.2f} {peaks[side][1]:9.0f} {shares[1]:9.2f}"
             )
             print(f"{f'{shape}, {side}':36} {row['seconds']:8.2f} {ratio:6.2f} {shown}", flush=True)
-    path = ROOT / "bench" / "lora.json"
-    path.with_suffix(".json.tmp").write_text(json.dumps({"threads": args.threads, "rows": rows}, indent=1) + "\n")
-    os.replace(path.with_suffix(".json.tmp"), path)
+    report.write("lora", {"threads": args.threads, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Prints tables, writes bench/pretrain.json; takes five minutes.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import re
@@ -30,6 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import report  # noqa: E402
 import torch  # noqa: E402
 
 from minimal import fused, fused_mlp, lean_gpt  # noqa: E402
@@ -152,9 +152,7 @@ def main():
         print(
             f"{'':26} compiled: {1e3 * third:.1f} ms a step, {first - 2 * third:.0f} s of compiling, {even}", flush=True
         )
-    path = ROOT / "bench" / "pretrain.json"
-    path.with_suffix(".json.tmp").write_text(json.dumps({"threads": args.threads, "rows": rows}, indent=1) + "\n")
-    os.replace(path.with_suffix(".json.tmp"), path)
+    report.write("pretrain", {"threads": args.threads, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ There is no peer here; the losses before and after stand beside the times. Print
 import json
 import os
 import pathlib
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
 
+import report
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -57,10 +57,7 @@ def main():
     for r in rows:
         bits = f"{r['bits_per_byte_before']:.3f}  {r['bits_per_byte_after']:.3f}"
         print(f"{r['command']:36}  {r['seconds']:7.0f}  {r['first_step_s']:10.1f}  {r['training_s']:8.1f}  {bits:>26}")
-    facts = {"cores": os.cpu_count(), "torch": torch.__version__, "processor": platform.processor(), "runs": rows}
-    path = ROOT / "bench" / "runs.json"
-    path.with_suffix(".json.tmp").write_text(json.dumps(facts, indent=2) + "\n")
-    path.with_suffix(".json.tmp").replace(path)
+    report.write("runs", {"runs": rows})
 
 
 if __name__ == "__main__":

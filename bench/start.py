@@ -134,9 +134,9 @@ def main():
     torch_s = statistics.median(r["torch"] for r in rounds)
     print(f"{'import torch':38} {torch_s:7.2f}")
     facts = dict(threads=args.threads, **versions, unprepared_s=first, import_torch_s=torch_s, **rows)
-    path = ROOT / "bench" / "start.json"
-    path.with_suffix(".json.tmp").write_text(json.dumps(facts | {"rounds": rounds}, indent=1) + "\n")
-    os.replace(path.with_suffix(".json.tmp"), path)
+    import report
+
+    report.write("start", facts | {"rounds": rounds})
 
 
 if __name__ == "__main__":

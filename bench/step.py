@@ -7,7 +7,6 @@ batch; the ratio is the median over the rounds, above 1 where the fused path is 
 minute.
 """
 
-import json
 import os
 import pathlib
 import statistics
@@ -17,6 +16,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import report  # noqa: E402
 import torch  # noqa: E402
 
 from minimal import fused  # noqa: E402
@@ -79,9 +79,7 @@ def main():
     for name, case in CASES.items():
         rows[name] = r = measure(*case)
         print(f"{name:36} {r['fused_ms']:8.0f} {r['plain_ms']:8.0f} {r['ratio']:6.2f}", flush=True)
-    path = ROOT / "bench" / "step.json"
-    path.with_suffix(".json.tmp").write_text(json.dumps({"rounds": ROUNDS, "rows": rows}, indent=1) + "\n")
-    os.replace(path.with_suffix(".json.tmp"), path)
+    report.write("step", {"rounds": ROUNDS, "rows": rows})
 
 
 if __name__ == "__main__":

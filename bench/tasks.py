@@ -16,12 +16,12 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 
+import report
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -87,14 +87,8 @@ def main():
             ours, other = (rows[x]["scores"][name] for x in (a, b))
             wins = (ours < other) == (name in ("val_loss", "bits_per_byte")) and ours != other
             print(f"{a} {ours:.4g} {'beats' if wins else 'LOSES TO'} {b} {other:.4g} ({name})")
-    facts = {"cores": os.cpu_count(), "torch": torch.__version__, "processor": platform.processor()}
-    path = ROOT / "bench" / "tasks.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    if all(found.get(name) == value for name, value in facts.items()):  # a part replaces its rows alone
-        rows = {name: rows.get(name) or found["runs"].get(name) for name in RUNS if name in rows | found["runs"]}
-    if set(rows) == set(RUNS):
-        path.with_suffix(".json.tmp").write_text(json.dumps(facts | {"runs": rows}, indent=1) + "\n")
-        path.with_suffix(".json.tmp").replace(path)
+    known = report.read("tasks").get("runs", {})  # a part replaces its rows alone
+    report.write("tasks", {"runs": {name: rows.get(name) or known[name] for name in RUNS if name in rows | known}})
 
 
 if __name__ == "__main__":

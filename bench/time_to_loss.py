@@ -38,6 +38,7 @@ import subprocess
 import sys
 import time
 
+import report
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -213,9 +214,7 @@ def main():
               f"{b['cpu_seconds']:8.1f} {cpu:6.1f} {a['loss']:8.4f} {b['loss']:8.4f}", flush=True)  # fmt: skip
         ratio, cpu = (statistics.median(r[name] for r in rows) for name in ("ratio", "cpu_ratio"))
         result = dict(threads=args.threads, target=TARGET, ratio=ratio, cpu_ratio=cpu, rows=rows)
-        path = ROOT / "bench" / "time_to_loss.json"  # after each seed, as they take long
-        path.with_suffix(".json.tmp").write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(path.with_suffix(".json.tmp"), path)
+        report.write("time_to_loss", result)  # after each seed, as they take long
     passed = sum(r["passed"] for r in rows)
     print(f"median ratio {ratio:.1f}, of CPU seconds {cpu:.1f}; ours passed with {passed} of {len(rows)} seeds")
 

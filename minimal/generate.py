@@ -103,8 +103,8 @@ def _evaluating(model):
 
 
 def _context(model):
-    config = getattr(model, "config", None)
-    context = getattr(config, "n_positions", getattr(config, "max_position_embeddings", None))
+    config, own = getattr(model, "config", None), getattr(model, "context", None)  # a Decoder's may be less
+    context = own or getattr(config, "n_positions", getattr(config, "max_position_embeddings", None))
     return None if context is None else context - getattr(model, "position_offset", 0)  # less a prefix's places
 
 

@@ -118,19 +118,21 @@ def gptq(model, run, kind="int4", names=None, act_order=False, grid=minmax, damp
     if not wanted or len(wanted) < len(names or ()):
         raise ValueError(f"names={names} in {type(model).__name__}; wanted names of its linear layers, such as "
                          f"{next(iter(layers), None)!r}")  # fmt: skip
-    found, last = {}, (None, None)  # last: the inputs that came last, and H: q, k and v have the same
+    found, last = {}, (None, None, None)  # last: the inputs that came last, their version, H: q, k and v have the same
 
     def hook_of(name):
         def hook(layer, args):
             nonlocal last
             if name in found:
                 return
-            if args[0] is not last[0]:
-                X = args[0].reshape(-1, layer.in_features).float()  # (N, C)
-                last = args[0], X.t() @ X
-            if not last[1].isfinite().all():
+            x = args[0]
+            version = object() if x.is_inference() else x._version  # grows when x is changed in place
+            if x is not last[0] or version != last[1]:
+                X = x.reshape(-1, layer.in_features).float()  # (N, C)
+                last = x, version, X.t() @ X
+            if not last[2].isfinite().all():
                 raise ValueError(f"layer {name!r} is given inputs that are not finite; wanted numbers")
-            rounded, found[name] = round_layer(layer.weight, last[1], kind, act_order, grid, damp)
+            rounded, found[name] = round_layer(layer.weight, last[2], kind, act_order, grid, damp)
             layer.weight.copy_(rounded)
 
         return hook

@@ -24,7 +24,9 @@ Departures and traps:
   needs no gradient gets none for its parameters either, in silence: the first block over a frozen embedding, that is
   the first LoRA block of a frozen model.
 - Gradients reach parameters and tensors among the arguments. Tensors inside of lists or dicts are passed on as they
-  are; if one of them needs a gradient, ValueError. What a function closes over gets none: pass it.
+  are; if one of them needs a gradient, ValueError. What a function closes over gets none: pass it. A module shared by
+  blocks, such as the MLP of minimal/prefix.py, counts where a part of the block holds it in a tuple.
+- The generators put back are those of the CPU and of CUDA.
 - A block that is given a list (a cache, to which it would append twice) runs as ever, and so does one where nothing
   needs a gradient. The backward pass is differentiable once.
 - Meter counts each storage once, without the tensors of the modules it was given. It sees what autograd saves, not
@@ -82,8 +84,14 @@ def recompute(module, *args, **kwargs):
     of the plain call, dropout and autocast included. ValueError: a tensor inside of a list or dict needs a gradient.
     Source: Chen et al. 2016 (1604.06174), section 4.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad] if isinstance(module, nn.Module) else []
-    return _call(module, parameters, args, kwargs)
+    return _call(module, _trained(module) if isinstance(module, nn.Module) else [], args, kwargs)
+
+
+def _trained(module):
+    """The parameters that train, of the module and of modules that its parts hold in a tuple, as not their own."""
+    held = [t for m in module.modules() for value in vars(m).values() if isinstance(value, tuple) for t in value]
+    owners = [module, *(m for m in held if isinstance(m, nn.Module))]
+    return [p for p in dict.fromkeys(p for m in owners for p in m.parameters()) if p.requires_grad]
 
 
 def _call(function, parameters, args, kwargs):
@@ -114,7 +122,7 @@ def _forward(self, *args, **kwargs):
     plain = functools.partial(type(self).forward, self)
     if any(isinstance(value, list) for value in (*args, *kwargs.values())):
         return plain(*args, **kwargs)
-    return _call(plain, [p for p in self.parameters() if p.requires_grad], args, kwargs)
+    return _call(plain, _trained(self), args, kwargs)
 
 
 def _blocks(model):  # the items of the outermost lists of modules

@@ -27,6 +27,7 @@ import re
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 
@@ -145,25 +146,38 @@ def trim_memory() -> None:
 
 
 @contextlib.contextmanager
-def profiled(path: str | os.PathLike, steps: int = 3, skip: int = 2) -> Iterator[Callable[[], None]]:
-    """Yields a function to call at the end of each step. After `skip` steps it profiles `steps` of them, writes a trace
-    for Perfetto or chrome://tracing to `path` and prints the ten costliest operators, by their own time."""
+def profiled(path: str | os.PathLike, planned: int, steps: int = 3, skip: int = 2) -> Iterator[Callable[[], None]]:
+    """Yields a function to call at the end of each of the `planned` steps. After `skip` of them it profiles `steps`,
+    fewer where there are not so many, writes a trace for Perfetto or chrome://tracing to `path` and prints the ten
+    costliest operators, by their own time."""
     from torch.profiler import profile, schedule
 
+    skip = max(0, min(skip, planned - steps))
+    ended = 0
+
     def done(profiler):
+        seen = min(max(ended - skip, 1), steps)
         write_beside(path, lambda beside: profiler.export_chrome_trace(str(beside)))
         on_gpu = any(event.self_device_time_total for event in profiler.key_averages())
         rows = [(e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key)
                 for e in profiler.key_averages() if not e.key.startswith("ProfilerStep")]  # fmt: skip
         whole = max(sum(time for time, *_ in rows), 1e-9)
-        print(f"\n{steps} steps profiled into {path}; by their own time{' on the GPU' if on_gpu else ''}:")
+        print(f"\n{seen} step{'s' * (seen > 1)} profiled into {path}; by their own time{' on the GPU' * on_gpu}:")
         for time, count, name in sorted(rows, reverse=True)[:10]:
-            per_step = f"{count / steps:7.0f} calls {time / 1e3 / steps:9.2f} ms a step"
+            per_step = f"{count / seen:7.0f} calls {time / 1e3 / seen:9.2f} ms a step"
             print(f"  {name[:60]:60} {per_step} {time / whole:6.1%}")
 
-    when = schedule(wait=skip - 1, warmup=1, active=steps, repeat=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Profiler won't be using warmup")  # of so few steps none is left for it
+        when = schedule(wait=max(skip - 1, 0), warmup=min(skip, 1), active=steps, repeat=1)
     with profile(on_trace_ready=done, schedule=when) as profiler:
-        yield profiler.step
+
+        def step():
+            nonlocal ended
+            ended += 1
+            profiler.step()
+
+        yield step
 
 
 def plot(folder: str | os.PathLike) -> None:

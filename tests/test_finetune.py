@@ -718,6 +718,8 @@ def test_trap_recomputation_over_a_frozen_base():
 BAD_SETTINGS = {
     "--finetune full --quantise-base nf4": ["--quantise-base nf4", "--finetune lora"],
     "--finetune all --dry-run": ["--finetune all"],
+    "--finetune all --quantise-base int8": ["--quantise-base", "a row of its own", "qlora"],
+    "--finetune all --dora": ["--dora", "a row of its own"],
     "--finetune prefix --virtual-tokens 128": ["--virtual-tokens 128", "context"],
     "--finetune prefix": ["--seq-len 128", "context", "prefix"],
     "--finetune lora --lora-plus 4 --optimizer sgd": ["--lora-plus 4", "AdamW"],
@@ -883,6 +885,7 @@ def test_a_classifier_that_peft_made_is_opened(capsys):
 def test_shots_of_a_model_that_reads_no_prompt(capsys):
     train.main([*TINY, "--task", "classify", "--data", write("rows.jsonl", ROWS), "--out", "out/bert", "--steps", "1"])
     fails(["--base", "out/bert", "--eval", "--shots", "2"], capsys, "--shots 2", "is a bert")
+    fails(["--base", "out/bert", "--sample", "a", "--quantise-base", "int8"], capsys, "--quantise-base int8", "no text")
 
 
 def test_a_llama_writes_with_weights_in_few_bits(capsys):
@@ -916,3 +919,7 @@ def test_a_llama_writes_with_weights_in_few_bits(capsys):
             patch.setattr(uses, "decoder", lambda model, kind: model)
             slow = says("--base", f"out/{method}")
         assert says("--base", f"out/{method}") == slow
+    train.main([*flags, "--base", "out/llama", "--finetune", "lora", "--quantise-base", "nf4", "--out", "out/qlora"])
+    capsys.readouterr()
+    assert says("--base", "out/qlora", "--quantise-base", "nf4") == says("--base", "out/qlora")
+    fails(["--base", "out/qlora", "--sample", "What", "--quantise-base", "int8"], capsys, "the base is in nf4 already")

@@ -332,6 +332,20 @@ def test_context_is_found_by_either_name():
         assert seen == [4, 2]
 
 
+@pytest.mark.parametrize("context", [8, 16])
+def test_a_decoder_of_a_shorter_context(context):
+    """Its own counts, and neither stream nor speculation runs into its end: as the model with that context."""
+    model = small_llama(context=32)
+    ids = prompts(1, 5)
+    want = generate(model, ids, 40, temperature=0, context=context)
+    assert torch.equal(generate(Decoder(model, context=context), ids, 40, temperature=0), want)
+    target, draft = Decoder(model, context=context, last=5), Decoder(small_llama(), context=context)
+    new = list(speculate(target, draft, ids, context - 5, guesses=4, temperature=0))
+    assert torch.equal(torch.cat((ids[0], *new)), want[0, :context])
+    with pytest.raises(ValueError, match=f"wanted up to the smaller context, {context}"):
+        next(speculate(target, draft, ids, context - 4, guesses=4, temperature=0))
+
+
 # ---- Prompts of several lengths ----
 
 

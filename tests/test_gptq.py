@@ -182,6 +182,26 @@ def test_layers_see_inputs_from_rounded_layers():
     assert torch.equal(codes["2"]["codes"], want["codes"]) and not torch.equal(codes["2"]["codes"], other["codes"])
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_input_that_was_changed_in_place_is_another(mode):
+    """Two layers that are given one tensor, which is added to in between."""
+    a, b, X = nn.Linear(64, 16), nn.Linear(64, 16), inputs(200, 64)
+    model = nn.ModuleList([a, b])
+
+    def run():
+        x = X.clone()
+        a(x)
+        b(x.mul_(torch.linspace(0.01, 10, 64)))
+
+    plain = copy.deepcopy(b)
+    with mode():
+        codes = gptq(model, run, "int4")
+    x = X * torch.linspace(0.01, 10, 64)
+    want = round_layer(plain.weight, x.t() @ x)[1]
+    other = round_layer(plain.weight, X.t() @ X)[1]
+    assert torch.equal(codes["1"]["codes"], want["codes"]) and not torch.equal(want["codes"], other["codes"])
+
+
 def test_names_grids_and_a_second_call():
     model, X = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)), inputs(100, 64)
     plain = copy.deepcopy(model)

@@ -15,6 +15,7 @@ from minimal.bert import BERT, BERTConfig
 from minimal.gpt import GPT, GPTConfig
 from minimal.llama import Llama, LlamaConfig
 from minimal.lora import add_lora, lora_parameters
+from minimal.prefix import add_prefix
 from minimal.recompute import Meter, add_recompute, memory, recompute, remove_recompute, table
 from minimal.transformer import Transformer, TransformerConfig
 
@@ -143,6 +144,37 @@ def test_models_and_their_frozen_bases(name, frozen):
         assert model.loss(**inputs)[0] != clone.eval().loss(**inputs)[0]
     remove_recompute(model)
     assert not any("forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama", "bert", "transformer"])
+def test_what_the_blocks_share_gets_its_gradient(name):
+    """The MLP of all prefixes is no block's own; PyTorch's checkpoint is the second oracle."""
+    torch.manual_seed(0)
+    model, inputs = sizes(name).eval(), batch(name)
+    add_prefix(model, 4, hidden=8)
+    for n, p in model.named_parameters():
+        if "W_2" in n:
+            nn.init.normal_(p, std=0.3)
+    blocks = [m for m in model.modules() if type(m).__name__ in ("Block", "Layer", "EncoderLayer", "DecoderLayer")]
+
+    def found():
+        model.zero_grad(set_to_none=True)
+        loss, count = model.loss(**inputs)
+        (loss / count).backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    plain = found()
+    add_recompute(model)
+    ours = found()
+    remove_recompute(model)
+    for block in blocks:
+        block.forward = (lambda f: lambda *a, **k: checkpoint(f, *a, use_reentrant=False, **k))(block.forward)
+    theirs = found()
+    assert blocks and any("W_1" in n for n in plain)
+    for n, g in plain.items():
+        assert g is not None and g.abs().sum() > 0, n
+        torch.testing.assert_close(ours[n], g, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(theirs[n], g, rtol=1e-5, atol=1e-7)
 
 
 def test_decoding_with_a_cache_is_left_alone():

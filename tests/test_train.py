@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import models
 import tasks
 import train
+from minimal.recompute import add_recompute
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = ["--size", "tiny", "--seq-len", "32", "--batch-size", "4", "--tokenizer", "bytes", "--new-tokens", "8"]
@@ -889,13 +890,55 @@ def test_the_largest_microbatches_that_fit(capsys):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "peak_bytes", peak)
-        split = pretrain(*flags, "--grad-accum", "auto", "--memory", "1.25", out="out/split", steps=4)
-    assert "microbatches: 4 of 3 rows, for 1.25 GB" in capsys.readouterr().out
+        split = pretrain(*flags, "--grad-accum", "auto", "--memory", "1.3", out="out/split", steps=4)
+    assert "microbatches: 4 of 3 rows, for 1.30 GB" in capsys.readouterr().out
     settings = json.loads((split / "args.json").read_text())["settings"]
     assert (settings["batch_size"], settings["grad_accum"], settings["memory"]) == (3, 4, None)  # for --resume
     for a, b in zip(lines(split), lines(whole), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     train.main(["--resume", str(split), "--steps", "5"])
+
+
+@pytest.mark.parametrize("task", ["lm", "classify"])
+def test_a_budget_is_kept(task, capsys):
+    """By a process of its own, dropout and evaluation included; and the budget does decide."""
+    if not pathlib.Path("/proc/self/clear_refs").exists():
+        pytest.skip("memory is measured through Linux's /proc")
+    rows = [{"text": "alpha beta gamma delta " * 20 + str(i), "label": "pq"[i % 2]} for i in range(300)]
+    pathlib.Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if task == "lm":
+        flags = ["--finetune", "full", "--base", str(pretrain("--seq-len", "256", steps=1)), "--data", "corpus"]
+    else:
+        flags = ["--task", "classify", "--size", "small", "--data", "rows.jsonl", "--tokenizer", "bytes"]
+    flags += ["--seq-len", "256", "--batch-size", "64", "--dropout", "0.1", "--steps", "3", "--log-every", "1"]
+    flags += ["--threads", "1", "--grad-accum", "auto", "--out", "out/kept", "--memory"]
+    budget = 0.5
+    run = [sys.executable, str(ROOT / "train.py"), *flags, str(budget)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-500:]
+    each = int(re.search(r"microbatches: \d+ of (\d+) rows", done.stdout)[1])
+    peak = max(row["peak_memory_mb"] for row in lines(pathlib.Path("out/kept"))) * 2**20
+    assert peak <= budget * 1e9, (peak, each)
+    assert task == "lm" or each < 64
+
+
+def test_the_microbatch_is_measured_with_dropout(monkeypatch):
+    if not pathlib.Path("/proc/self/clear_refs").exists():
+        pytest.skip("memory is measured through Linux's /proc")
+    base, seen = pretrain(steps=1), []
+    monkeypatch.setattr(train, "largest_microbatch", lambda peak, rows, budget: seen.append(peak(rows)) or rows)
+    split = train.split
+
+    def tap(s, model, loss, data):
+        assert not model.training  # as it is loaded
+        result = split(s, model, loss, data)
+        assert model.training
+        return result
+
+    monkeypatch.setattr(train, "split", tap)
+    flags = ["--finetune", "full", "--base", str(base), "--dropout", "0.1", "--grad-accum", "auto", "--memory", "50"]
+    pretrain(*flags, out="out/full", steps=1)
+    assert seen
 
 
 def test_a_budget_for_not_even_one_row(capsys):
@@ -919,6 +962,64 @@ def test_profile_says_where_time_and_memory_go(capsys):
     assert steps == {"ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"} and len(lines(out)) == 6
     plain = pretrain(out="out/plain", steps=6)
     assert [a["loss"] for a in lines(out)] == [a["loss"] for a in lines(plain)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_profile_of_a_short_run(steps, capsys):
+    out = pretrain("--profile", steps=steps)
+    said = capsys.readouterr().out
+    n = min(steps, 3)
+    assert f"\n{n} step{'s' * (n > 1)} profiled into {out}/trace.json" in said
+    pretrain("--overwrite", steps=1)
+    assert not (out / "trace.json").exists()  # of the run before
+    fails([*TINY, "--data", "corpus", "--profile", "--dry-run"], capsys, "--profile: writes trace.json")
+
+
+@pytest.mark.parametrize("model", ["gpt", "llama"])
+@pytest.mark.parametrize("method", [None, "full", "lora"])
+def test_profile_says_what_would_save_memory(model, method, capsys):
+    """Against the run that does it; and measuring it leaves the run as it was."""
+    kind = ["--model", model, "--dropout", "0.1"]
+    base = pretrain(*kind, out="out/base")
+    adapt = [] if method is None else ["--base", str(base), "--finetune", method, "--data", "other.txt"]
+    said = {}
+    for name, more in (("kept", []), ("recomputed", ["--recompute"]), ("halved", ["--batch-size", "2"])):
+        out = pretrain(*kind, "--profile", *adapt, *more, out=f"out/{name}", steps=2)
+        said[name] = capsys.readouterr().out
+    plain = pretrain(*kind, *adapt, out="out/plain", steps=2)
+    assert [a["loss"] for a in lines(pathlib.Path("out/kept"))] == [a["loss"] for a in lines(plain)]
+
+    def number(text, pattern):
+        return float(re.search(pattern, text)[1])
+
+    now = number(said["kept"], r"\nactivations +([\d.]+) MB")
+    of = number(said["recomputed"], r"\nactivations +([\d.]+) MB")
+    found = re.search(r"\n--recompute +activations ([\d.]+) -> ([\d.]+) MB", said["kept"])
+    assert (float(found[1]), float(found[2])) == (now, pytest.approx(of, abs=0.11)) and of < now
+    assert "\n--recompute" not in said["recomputed"]
+    half = number(said["kept"], r"\n--batch-size 2 --grad-accum 2 +activations [\d.]+ -> ([\d.]+) MB")
+    assert half == pytest.approx(number(said["halved"], r"\nactivations +([\d.]+) MB"), abs=0.11)
+    assert ("--quantise-base nf4" in said["kept"]) == (method == "lora") and out
+
+
+def test_recomputing_reaches_a_base_with_dropout_of_its_own(monkeypatch):
+    base, calls = pretrain("--model", "llama", "--dropout", "0.2", out="out/llama"), []
+    monkeypatch.setattr(models, "add_recompute", lambda model: calls.append(model) or add_recompute(model))
+    flags = ["--base", str(base), "--finetune", "lora", "--data", "other.txt"]
+    plain = pretrain(*flags, out="out/plain", steps=4)
+    assert not calls
+    again = pretrain(*flags, "--recompute", out="out/again", steps=4)
+    assert len(calls) == 1 and exact(plain)[1] == exact(again)[1]
+
+
+def test_a_task_beside_a_base_does_not_hide_what_the_base_is():
+    pathlib.Path("chats.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"p{i}", "completion": "c"}) for i in range(40))
+    )
+    base = pretrain("--model", "llama", "--seq-len", "100", out="out/llama", steps=2)
+    flags = ["--task", "chat", "--finetune", "lora", "--base", str(base), "--data", "chats.jsonl", "--seq-len", "100"]
+    train.main([*TINY, *flags, "--steps", "2", "--out", "out/chat"])
+    assert json.loads(pathlib.Path("out/chat/args.json").read_text())["settings"]["model"] == "llama"
 
 
 def test_nothing_of_the_compiler_is_imported():
