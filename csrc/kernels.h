@@ -62,9 +62,9 @@ struct Weight {
   int64_t first = 0;        // nf4: the block that W begins with
 };
 // out (N, O) = x (N, C) W^T + bias (O,). dynamic: x is rounded to 8 bits, in groups of 32 columns (int8 and int4 only).
-// Meant for few rows, where all of the time is reading W; dynamic for as many as one likes, if many_rows_in_integers().
+// Meant for few rows, where all of the time is reading W; dynamic for as many as one likes, if many_rows_in_integers(kind).
 void linear_forward(View x, const Weight& weight, View bias, bool dynamic, View out, Parallel parallel);
-bool many_rows_in_integers();
+bool many_rows_in_integers(Kind kind);
 // out = W in floats; not of f32 and bf16.
 void unpack(const Weight& weight, View out, Parallel parallel);
 

@@ -47,12 +47,15 @@ bool has_vnni() {
 #define MINIMAL_BEST_VNNI(f) generic::f
 #endif
 
-bool many_rows_in_integers() { return isa() >= Isa::avx512 && has_vnni(); }
+bool many_rows_in_integers(Kind kind) {
+  const bool vnni = isa() >= Isa::avx512 && has_vnni();
+  return kind == Kind::int8 ? vnni : kind == Kind::int4 && isa() >= Isa::avx2;
+}
 
 void linear_forward(View x, const Weight& weight, View bias, bool dynamic, View out, Parallel parallel) {
   const int64_t N = x.size[2], wide = (weight.C + ROW - 1) / ROW * ROW;
   dynamic = dynamic && (weight.kind == Kind::int8 || weight.kind == Kind::int4);
-  const bool many = dynamic && N >= MANY && many_rows_in_integers();
+  const bool many = dynamic && N >= MANY && many_rows_in_integers(weight.kind);
   // So many rows at a time that they stay in a cache beside the weights: of the second level, or the first.
   const int64_t fit = many ? (1 << 18) / (wide + 1) : 8, at_a_time = many && fit < 48 ? 48 : fit;
   const int64_t rows = N < at_a_time ? N : at_a_time;

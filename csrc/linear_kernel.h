@@ -472,18 +472,20 @@ static void all_outputs(const Linear& a, int64_t begin, int64_t end) {
 
 // Here a lane is an output: the sum over a group stays in integers and needs one conversion for 32 products, so that this
 // is faster than a product of floats. W outputs are laid out for it first, four columns of each side by side; that pays
-// from a dozen rows on. Only with VNNI, whose instruction reads four columns of x into all lanes.
-#if MINIMAL_VECTOR_BYTES == 64
-constexpr int64_t TILE = 12;  // rows of x side by side
+// from a dozen rows on. Only where four columns of x in all lanes meet codes in an instruction or two: with VNNI, and for
+// codes of 4 bits with AVX2, as eight of their products fit 16 bits.
+#if MINIMAL_VECTOR_BYTES >= 32
+constexpr int64_t TILE = MINIMAL_VECTOR_REGISTERS == 32 ? 12 : 6;  // rows of x side by side
 struct Laid {
   vc* codes;          // C/4 of them: byte 4 j + i of number k is the code of output j and column 4 k + i
   vf *scale, *least;  // of each group, for int4
 };
 
+template <bool INT4>
 static void lay_out(const Weight& a, int64_t o, const Laid& to) {
   const int64_t G = (a.C + GROUP - 1) / GROUP;
   vf r[W], high[W];
-  if (a.kind == Kind::int8)
+  if constexpr (!INT4) {
     for (int64_t c = 0; c < a.C; c += BYTES) {
       for (int j = 0; j < W; j++) {
         const int8_t* p = (const int8_t*)a.codes + least(o + j, a.O - 1) * a.C + c;
@@ -492,8 +494,8 @@ static void lay_out(const Weight& a, int64_t o, const Laid& to) {
       transpose(r);
       for (int j = 0; j < W; j++) to.codes[c / 4 + j] = (vc)r[j];
     }
-  else {
-    for (int64_t g = 0; g < G; g += 4) {
+  } else {
+    for (int64_t g = 0; g < G; g += W / 4) {
       for (int j = 0; j < W; j++) {
         const char* p = (const char*)a.codes + (least(o + j, a.O - 1) * G + g) * 16;
         const vc both = load_over<vc>(p, (G - g) * 16, a.end);
@@ -528,6 +530,7 @@ INLINE void tile(const Linear& a, const Laid& w, int64_t o, int64_t row) {
   vf sums[N] = {};
   for (int64_t g = 0; g < G; g++) {
     vi dots[N];
+#if MINIMAL_VECTOR_BYTES == 64
     UNROLL for (int n = 0; n < N; n++)
       dots[n] = INT4 ? vi{} : vi{} + ((const RowGroup*)(x + n * next + wide))[g].start;
     UNROLL for (int k = 0; k < 8; k++) {
@@ -535,6 +538,16 @@ INLINE void tile(const Linear& a, const Laid& w, int64_t o, int64_t row) {
       UNROLL for (int n = 0; n < N; n++)
         asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(dots[n]) : "v"(codes), "m"(*(const int32_t*)(x + n * next + g * GROUP + 4 * k)));
     }
+#else
+    vs pairs[N] = {};
+    UNROLL for (int k = 0; k < 8; k++) {
+      const vc codes = w.codes[g * 8 + k];
+      UNROLL for (int n = 0; n < N; n++)
+        pairs[n] += dot_pairs(codes, (vc)(vi{} + load_as<int32_t>(x + n * next + g * GROUP + 4 * k)));
+      UNROLL for (int n = 0; n < N; n++) asm("" : "+x"(pairs[n]));  // or GCC would add later, and spill until then
+    }
+    UNROLL for (int n = 0; n < N; n++) dots[n] = add_pairs(pairs[n]);
+#endif
     UNROLL for (int n = 0; n < N; n++) {
       const RowGroup& t = ((const RowGroup*)(x + n * next + wide))[g];
       if (INT4) sums[n] += as_floats(dots[n]) * w.scale[g] * t.scale + w.least[g] * t.sum;
@@ -547,12 +560,12 @@ INLINE void tile(const Linear& a, const Laid& w, int64_t o, int64_t row) {
 }
 template <bool INT4>
 static void many_outputs(const Linear& a, int64_t begin, int64_t end) {
-  const int64_t wide = round_up(a.weight.C, ROW);
-  ScratchBlock block(wide * 4 + wide);  // wide / 4 vectors of codes, 2 wide / 32 of constants
-  const Scratch scratch = block.start();
-  const Laid laid{(vc*)scratch.next, (vf*)(scratch.next + wide * 4), (vf*)(scratch.next + wide * 4 + wide / 2)};
+  const int64_t wide = round_up(a.weight.C, ROW), constants = wide / GROUP * W;
+  ScratchBlock block(wide * W / 4 + 2 * constants);  // wide / 4 vectors of codes, and of each group two
+  Scratch scratch = block.start();
+  const Laid laid{(vc*)scratch.take(wide * W / 4), (vf*)scratch.take(constants), (vf*)scratch.take(constants)};
   for (int64_t i = begin; i < end; i++) {
-    lay_out(a.weight, i * W, laid);
+    lay_out<INT4>(a.weight, i * W, laid);
     int64_t n = 0;
     for (; n + TILE <= a.rows; n += TILE) tile<TILE, INT4>(a, laid, i * W, n);
     for (; n + 4 <= a.rows; n += 4) tile<4, INT4>(a, laid, i * W, n);
@@ -571,7 +584,10 @@ static void linear_prepare(void* context, int64_t begin, int64_t end) {
 static void linear_outputs(void* context, int64_t begin, int64_t end) {
   const Linear& a = *(const Linear*)context;
 #if MINIMAL_VECTOR_BYTES == 64
-  if (a.many) return a.weight.kind == Kind::int8 ? many_outputs<false>(a, begin, end) : many_outputs<true>(a, begin, end);
+  if (a.many && a.weight.kind == Kind::int8) return many_outputs<false>(a, begin, end);
+#endif
+#if MINIMAL_VECTOR_BYTES >= 32
+  if (a.many) return many_outputs<true>(a, begin, end);
 #endif
   switch (a.weight.kind) {
     case Kind::int8: return a.dynamic ? all_outputs<Int8, true>(a, begin, end) : all_outputs<Int8, false>(a, begin, end);

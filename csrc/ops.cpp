@@ -694,8 +694,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", [] { return std::string(minimal::instruction_sets()); },
         "The instruction sets compiled in that this processor can run, best first, comma-separated.");
   m.def("instruction_set", [] { return std::string(minimal::instruction_set()); }, "The one in use.");
-  m.def("many_rows_in_integers", [] { return minimal::many_rows_in_integers(); },
-        "Whether linear layers with x rounded to 8 bits are faster than floats for many rows, too.");
+  m.def("many_rows_in_integers", [] {
+    const bool int8 = minimal::many_rows_in_integers(Kind::int8), int4 = minimal::many_rows_in_integers(Kind::int4);
+    return std::string(int8 ? "int8,int4" : int4 ? "int4" : "");
+  }, "The kinds of weights, comma-separated, with which many rows of x rounded to 8 bits are faster than floats, too.");
   m.def("choose_instruction_set", [](const std::string& name) {
     if (!minimal::choose_instruction_set(name.c_str()))
       throw pybind11::value_error("name=\"" + name + "\" is not an instruction set of this build and processor; wanted one of " +

@@ -20,7 +20,7 @@ A few rows of x, as in decoding, take as long as reading the codes once. There a
                    case: for normal x and W, y is off by about 0.6 % (root mean square)
 
 Departure from the common way, one t for a row of x: a group is not spoilt by a large number elsewhere in the row.
-Many rows (prefill, training): dynamic on a processor with AVX-512 VNNI is faster than F.linear with a float32 weight.
+Many rows (prefill): dynamic is faster than F.linear with a float32 weight too, int4 with AVX2, int8 with AVX-512 VNNI.
 Else they are a product of floats: a panel of W at a time, 4 MB, is unpacked while the cache has it and multiplied, so
 that a layer never needs the memory of W, forward or backward. Where a gradient is wanted x is never rounded, and the
 gradients to x and b are exact for W; the codes have none.
@@ -87,8 +87,8 @@ def _load() -> str | None:
             warnings.warn(f"minimal.fused_linear runs in plain PyTorch; {reason}", RuntimeWarning, stacklevel=3)
             return reason
         sys.modules["minimal._C"] = module
-    if not hasattr(torch.ops.minimal, "linear_int8"):
-        return "too old: the compiled minimal/_C has no linear layers; build it again"
+    if not hasattr(torch.ops.minimal, "linear_f32"):
+        return "too old: the compiled minimal/_C lacks linear layers; build it again"
     if not hasattr(torch.ops.minimal, "has_linear_rules"):  # a second copy of this file must not add them again
         _register_rules()
         torch.ops.minimal.has_linear_rules = True
@@ -125,7 +125,7 @@ def _no_gradient(ctx, *grads):
 
 
 _reason = _load()  # None: the operators are there
-_integers = _reason is None and sys.modules["minimal._C"].many_rows_in_integers()
+_INTEGERS = [] if _reason else sys.modules["minimal._C"].many_rows_in_integers().split(",")
 
 
 def available() -> bool:
@@ -251,7 +251,7 @@ def _panels(O, C):
 def _product(x, bias, kind, shape, dynamic, parts):
     """x (N, C) -> (N, O), no gradient."""
     O, C = shape
-    few = x.shape[0] <= FEW or _integers and dynamic and kind in ("int8", "int4")
+    few = x.shape[0] <= FEW or dynamic and kind in _INTEGERS
     if few and why_not(x) is None and (kind != "nf4" or C % 64 == 0 and C > 0):
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return _few(x, bias, kind, shape, dynamic, parts)

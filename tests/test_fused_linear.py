@@ -164,7 +164,7 @@ def few(kind, x, bias, held, dynamic):
 
 @pytest.mark.parametrize("isa", SETS)
 @given(case=cases(kinds=["int8", "int4"], rows=st.integers(16, 70)))
-def test_many_rows_in_integers(isa, case):  # with AVX-512 they have a kernel of their own, in tiles of 12, 4 and 1
+def test_many_rows_in_integers(isa, case):  # with AVX-512, and AVX2 for int4, they have a kernel of their own, in tiles
     C_.choose_instruction_set(isa)
     kind, x, (O, C), bias, held = case
     check(few(kind, x, bias, held, True), x, wide(kind, O, C, held), bias, True, blur(kind, held))
@@ -188,7 +188,7 @@ def test_linear_takes_any_number_of_rows(case, dynamic, leading):
     y = fused_linear.linear(given_x, kind, (O, C), bias, dynamic=dynamic, **held)
     assert y.shape == (*given_x.shape[:-1], O)
     y = y.view(len(x), O)
-    integers = fused_linear._integers and dynamic and kind in ("int8", "int4")
+    integers = dynamic and kind in fused_linear._INTEGERS
     if (
         x.dtype == torch.bfloat16 and len(x) > fused_linear.FEW and not integers
     ):  # a product of PyTorch's, of W rounded to bfloat16
