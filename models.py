@@ -468,7 +468,7 @@ def savings(s, model, loss, batch, kept):
         found += [
             (f"--quantise-base {k}", "weights", held, held * bits / 32) for k, bits in (("int8", 8), ("nf4", 4.13))
         ]
-    return [f"{option:34} {what} {a / 2**20:,.1f} -> {b / 2**20:,.1f} MB" for option, what, a, b in found]
+    return [f"{option:34} {what} {a / 1e6:,.1f} -> {b / 1e6:,.1f} MB" for option, what, a, b in found]
 
 
 def chunked_loss(model, ids, labels=None, documents=None, **smoothing):

@@ -337,7 +337,7 @@ def complete(s):
             f"--adversarial {s.adversarial}: acts by a hook, which --compile passes over; wanted one of them"
         )
     if s.memory and s.grad_accum != "auto":
-        raise ValueError(f"--memory {s.memory:g}: is what --grad-accum auto may fill; wanted that beside it")
+        raise ValueError(f"--memory {s.memory:g}: a budget in GB for --grad-accum auto; wanted that beside it")
     if s.recompute and (s.model in ("rnn", "vae") or s.compile):
         beside = "--compile" if s.compile else f"--model {s.model}, which has no blocks"
         raise ValueError(f"--recompute: not beside {beside}; wanted one of them")
@@ -803,7 +803,7 @@ def resume_run(name, changed, given):
     """Goes on with a run; settings given anew replace the run's, save those that made its model and data."""
     out = Path(name) if name else newest("out", lambda run: run["status"] == "unfinished")
     if out is None or not (out / "args.json").exists():
-        raise ValueError(f"--resume {out or ''}: " + ("holds no args.json" if out else "no unfinished run under out/"))
+        raise ValueError(f"--resume {out}: holds no args.json" if out else "--resume: no unfinished run under out/")
     saved = read_json(out / "args.json")
     try:
         s, status, step = Settings(**saved["settings"]), saved["status"], saved["step"]
@@ -887,6 +887,8 @@ def main(argv=None):
         if action != "--resume":
             check_options(s, given - {"quantise_base"} if action in ("--sample", "--chat") else given)
         if action in ("--sample", "--chat", "--eval", "--merge", "--export"):
+            if asked := [name for name in ("profile", "recompute", "compile", "grad_accum", "memory") if name in given]:
+                raise ValueError(f"{flag(asked[0])}: is of training, and {action} does none; wanted one of the two")
             s.task = s.task or ("classify" if "shots" in given else None)
             labelled = s.task == "classify"
             use = list(load_for(action, s))

@@ -455,6 +455,7 @@ def check_options(s, given):
         if name in given and not set(OPTIONS.get(name, methods)) & set(methods):
             asked = flag(name) if getattr(s, name) is True else f"{flag(name)} {getattr(s, name)}".removesuffix(".0")
             instead = f" instead of {s.finetune}" if s.finetune else " beside it"
+            instead += ", or --sample or --chat" if name == "quantise_base" else ""
             raise ValueError(f"{asked}: wanted --finetune {' or '.join(OPTIONS[name])}{instead}")
 
 

@@ -216,7 +216,7 @@ def memory(model, optimizer=None):
 def table(model, optimizer=None, meter=None):
     """Where the memory of a training step goes, in MB, one line each."""
     rows = memory(model, optimizer) | ({} if meter is None else {"activations": meter.peak})
-    return "\n".join(f"{name:12} {size / 2**20:9.1f} MB" for name, size in rows.items())
+    return "\n".join(f"{name:12} {size / 1e6:9.1f} MB" for name, size in rows.items())
 
 
 if __name__ == "__main__":

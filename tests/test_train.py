@@ -973,6 +973,7 @@ def test_profile_of_a_short_run(steps, capsys):
     pretrain("--overwrite", steps=1)
     assert not (out / "trace.json").exists()  # of the run before
     fails([*TINY, "--data", "corpus", "--profile", "--dry-run"], capsys, "--profile: writes trace.json")
+    fails(["--base", str(out), "--sample", "a", "--profile"], capsys, "--profile: is of training", "--sample")
 
 
 @pytest.mark.parametrize("model", ["gpt", "llama"])
