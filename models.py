@@ -455,19 +455,18 @@ def savings(s, model, loss, batch, kept):
         half = {name: t[: rows // 2] for name, t in batch.items()}
         found.append((f"--batch-size {rows // 2} --grad-accum {2 * s.grad_accum}", "activations", kept, peak(half)))
     if not s.recompute and not s.compile and s.model not in ("vae", "rnn"):
-        for lean_of in (make_plain, lean_gpt.make_plain):
-            with contextlib.suppress(ValueError):  # not one of its models
-                lean_of(model)
+        make_plain(model)
+        lean_gpt.make_plain(model)
         spare(dataclasses.replace(s, recompute=True), model)
         found.append(("--recompute", "activations", kept, peak(batch)))
         with contextlib.suppress(ValueError):  # by hand, and not by add_recompute
             remove_recompute(model)
         spare(s, model)
     if s.finetune == "lora" and s.quantise_base == "none":
-        held = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad)
-        found += [
-            (f"--quantise-base {k}", "weights", held, held * bits / 32) for k, bits in (("int8", 8), ("nf4", 4.13))
-        ]
+        names, linears, _ = quant.chosen(model)
+        held = sum(linears[name].weight.nbytes for name in names)
+        for kind, bits in (("int8", 8), ("nf4", 4.13)):
+            found.append((f"--quantise-base {kind}", "weights", held, held * bits / 32))
     return [f"{option:34} {what} {a / 1e6:,.1f} -> {b / 1e6:,.1f} MB" for option, what, a, b in found]
 
 

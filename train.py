@@ -244,7 +244,9 @@ class Settings:
     device: str = setting(None, str, "cpu, cuda, mps; default: the best there is")
     dtype: str = setting(None, ["float32", "bfloat16", "float16"], "of the products; default: float32, GPU bfloat16")
     recompute: bool = setting(False, bool, "keep no activations inside the blocks: less memory, a third more time")
-    compile: bool = setting(False, bool, "torch.compile the loss; on a CPU the seconds it takes are not won back")
+    compile: bool = setting(
+        False, bool, "torch.compile the loss; on a CPU the seconds it takes are hardly ever won back"
+    )
     profile: bool = setting(False, bool, "profile the third to fifth step: trace.json for Perfetto, the ten costliest "
                         "operators, where the memory goes; then training goes on")  # fmt: skip
     threads: int = setting(None, (int, 1, 1025), "CPU threads; default PyTorch's choice")

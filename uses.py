@@ -448,9 +448,11 @@ OPTIONS = {  # settings of single methods: of which
 def check_options(s, given):
     """Refuses a setting of another method than the run's. given: the names on the command line"""
     methods = METHODS if s.finetune == "all" else [s.finetune]
-    if s.finetune == "all" and (own := [n for n in ("dora", "quantise_base") if n in given]):
-        row = {"dora": "dora", "quantise_base": "qlora"}[own[0]]
-        raise ValueError(f"{flag(own[0])}: --finetune all has a row of its own for that, {row}; wanted --finetune lora")
+    for name, row in (("dora", "dora"), ("quantise_base", "qlora")):
+        if s.finetune == "all" and name in given:
+            raise ValueError(
+                f"{flag(name)}: --finetune all has a row of its own for that, {row}; wanted --finetune lora"
+            )
     for name in vars(s):
         if name in given and not set(OPTIONS.get(name, methods)) & set(methods):
             asked = flag(name) if getattr(s, name) is True else f"{flag(name)} {getattr(s, name)}".removesuffix(".0")

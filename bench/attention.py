@@ -26,7 +26,6 @@ import json
 import math
 import os
 import pathlib
-import platform
 import re
 import statistics
 import subprocess
@@ -36,6 +35,7 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import report  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
@@ -298,15 +298,6 @@ def flash_attn(rounds):
             yield {"case": f"flash-attn: {B}, {H}, {T}, {D}, {dtype}, causal", **row}
 
 
-def processor():
-    if DEVICE == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        return re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
-
-
 def show(row, label):
     cells = []
     for name in ("forward", "backward"):
@@ -352,7 +343,12 @@ def main():
         args.threads = [1]
 
     C = sys.modules["minimal._C"]
-    about = {"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__, "compiler": C.compiler}
+    about = {
+        "processor": report.processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "compiler": C.compiler,
+    }
     about |= {"instruction_set": C.instruction_set(), "rounds": args.rounds}
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     torch.manual_seed(0)

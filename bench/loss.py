@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import re
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import report  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
@@ -125,13 +125,6 @@ def measure_time(case, ways, rounds):
     return seconds
 
 
-def processor():
-    try:
-        return re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
-
-
 def cell(value, ratio):
     return f"{value:8.1f} {ratio:6.2f} {'<' if ratio < 1 else ' '}"
 
@@ -146,7 +139,12 @@ def main():
         return print(measure_memory(*args.memory_of, args.threads))
 
     torch.set_num_threads(args.threads)
-    about = {"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__, "threads": args.threads}
+    about = {
+        "processor": report.processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "threads": args.threads,
+    }
     about |= {"dtype": "float32", "rounds": args.rounds}
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     rows = []

@@ -16,8 +16,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
-import re
 import statistics
 import sys
 import time
@@ -25,6 +23,7 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import report  # noqa: E402
 import torch  # noqa: E402
 
 from minimal import fused  # noqa: E402
@@ -80,13 +79,6 @@ def measure(width, dtype, masked, rounds):
     return row
 
 
-def processor():
-    try:
-        return re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -97,7 +89,12 @@ def main():
         sys.exit(f"bench/softmax.py needs the fused operators, but they are {fused.why_not()}")
 
     C = sys.modules["minimal._C"]
-    about = {"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__, "compiler": C.compiler}
+    about = {
+        "processor": report.processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "compiler": C.compiler,
+    }
     about |= {"instruction_set": C.instruction_set(), "rounds": args.rounds}
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     torch.manual_seed(0)

@@ -118,7 +118,6 @@ INLINE const T* codes_of(const Weight& a, int64_t o, int64_t g, T (&line)[GROUP]
   return line;
 }
 struct Int8 {
-  static constexpr int64_t BITS = 8;
   static INLINE_MEMBER Group read(const Weight& a, int64_t o, int64_t g) {
     int8_t line[GROUP];
     const int8_t* p = codes_of(a, o, g, line);
@@ -137,7 +136,6 @@ struct Unscaled {  // what is multiplied by its scales while it is read
   static INLINE_MEMBER vf scale(const Weight&, int64_t) { return splat(1); }
 };
 struct Int4 : Unscaled {
-  static constexpr int64_t BITS = 4;
   static INLINE_MEMBER Group read(const Weight& a, int64_t o, int64_t g) {
     const int64_t at = o * ((a.C + GROUP - 1) / GROUP) + g;
     const vf scale = half_everywhere(a.scale16 + at), least = half_everywhere(a.least16 + at);
@@ -153,7 +151,6 @@ struct Int4 : Unscaled {
   static INLINE_MEMBER Group scaled(const Weight& a, int64_t o, int64_t g) { return read(a, o, g); }
 };
 struct Nf4 : Unscaled {  // blocks of 64 of the flattened weight: two groups each, and no block reaches into the next row
-  static constexpr int64_t BITS = 4;
   static INLINE_MEMBER Group read(const Weight& a, int64_t o, int64_t g) {
     const int64_t at = a.first * 2 + o * (a.C / GROUP) + g, block = at / 2;
     const float absmax = a.absmax[block] * a.scale[block / 256] + a.mean[0];
@@ -170,7 +167,6 @@ struct Nf4 : Unscaled {  // blocks of 64 of the flattened weight: two groups eac
   static INLINE_MEMBER Group scaled(const Weight& a, int64_t o, int64_t g) { return read(a, o, g); }
 };
 struct F32Weight : Unscaled {
-  static constexpr int64_t BITS = 32;
   static INLINE_MEMBER Group read(const Weight& a, int64_t o, int64_t g) {
     float line[GROUP];
     const float* p = codes_of(a, o, g, line);
@@ -183,7 +179,6 @@ struct F32Weight : Unscaled {
   }
 };
 struct Bf16Weight : Unscaled {
-  static constexpr int64_t BITS = 16;
   static INLINE_MEMBER Group read(const Weight& a, int64_t o, int64_t g) {
     uint16_t line[GROUP];
     const uint16_t* p = codes_of(a, o, g, line);

@@ -15,8 +15,7 @@ q is the nearest to W, given the constants as they will be read back. int4 is th
 such a file is kept without loss. A symmetric int4 (m = -8 s) is a worse grid, and saves nothing. L are 16 levels, at
 equal steps of probability under a normal distribution (QLoRA, sec. 3), for weights are close to normal: nf4_levels()
 derives them. A layer computes x W^T + b with the W that its codes stand for, made anew in the forward pass and again in
-the backward pass: only codes are kept between. `dynamic` rounds x too: to 8 bits with a scale for
-each 32 columns of a row.
+the backward pass: only codes are kept between. `dynamic` rounds x too, to 8 bits: one scale for 32 columns of a row.
 
 Departures: the a_b are rounded to 8-bit integers (the authors round them to 8-bit floats). A last block that is not
 full is filled with zeros.
@@ -217,34 +216,13 @@ class _Product(torch.autograd.Function):
         return to_x, to_bias, *[None] * (4 + len(ctx.saved_tensors))
 
 
-@torch.no_grad()
-def quantise(model, kind=None, bits=None, *, skip=(), head=None, dynamic=False, linear=torch_linear, grid=minmax,
-             codes=None):  # fmt: skip
-    """Replaces the weight of each nn.Linear by codes, in place; returns the names of these layers.
-
-    kind: "nf4" (the default), "int8" or "int4"; or bits: 8 or 4, for the latter two. Left out are embeddings, a weight
-    that is shared (tied), what get_output_embeddings() gives, all that is called lm_head, head, classifier, score,
-    qa_outputs or seq_relationship, subclasses of nn.Linear (and transformers' Conv1D), and what `skip` names: names of
-    layers or their ends ("c_proj", "mlp.c_proj"). head: "int8" or "int4" for the heads among these, too, and for
-    embeddings that one is tied to (they stay tied).
-    dynamic: activations in 8 bits. linear: computes the products, see torch_linear; it is
-    in no state_dict. grid: the range of int8 and int4, see minmax. codes: {name: what an encode function gives} of
-    layers that are encoded already. ValueError, and nothing has changed: an unknown kind, no layer to quantise, a skip
-    that matches nothing, weights that are not finite (or too large for float16), merged adapters, unfit codes."""
-    if bits not in (None, 4, 8) or None not in (kind, bits):
-        raise ValueError(f"bits={bits!r} beside kind={kind!r}; wanted one of the two, and bits 4 or 8")
-    kind, codes = kind or ("nf4" if bits is None else f"int{bits}"), dict(codes or {})
-    for name, value, known in (("kind", kind, KINDS), ("head", head or "int8", ("int8", "int4"))):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is unknown; wanted one of: {', '.join(known)}")
-    if kind == "nf4" and (dynamic or grid is not minmax or codes):
-        raise ValueError("kind='nf4' beside dynamic, grid or codes; wanted kind int8 or int4 for these")
+def chosen(model, kind="nf4", skip=(), head=None):
+    """-> {name: kind} of the layers that quantise takes; all nn.Linear by name; who owns a parameter, by its id."""
     linears = {_plain(n): m for n, m in model.named_modules() if type(m) is nn.Linear and "weight" in m._parameters}
     heads = {id(m.get_output_embeddings()) for m in model.modules() if hasattr(m, "get_output_embeddings")}
     owners = collections.defaultdict(list)
-    for m in model.modules():
-        for p in m._parameters.values():
-            owners[id(p)].append(m)
+    for owner, p in ((m, p) for m in model.modules() for p in m._parameters.values()):
+        owners[id(p)].append(owner)
     called = {"lm_head", "head", "classifier", "score", "qa_outputs", "seq_relationship"}
     skipped, body, tops = set(), {}, {}  # names; {name: kind}
     for entry in [skip] if isinstance(skip, str) else skip:
@@ -257,10 +235,34 @@ def quantise(model, kind=None, bits=None, *, skip=(), head=None, dynamic=False, 
             body[n] = kind
         elif head and all(type(other) is nn.Embedding and other.max_norm is None for other in others):
             tops[n] = head
-    kinds = body | tops
-    if not kinds or head and not tops:
-        what = f"model={type(model).__name__} has no {'head' if kinds else 'nn.Linear'} to quantise"
+    if not (body or tops) or head and not tops:
+        what = f"model={type(model).__name__} has no {'head' if body else 'nn.Linear'} to quantise"
         raise ValueError(f"{what}; wanted one that is not left out")
+    return body | tops, linears, owners
+
+
+@torch.no_grad()
+def quantise(model, kind=None, bits=None, *, skip=(), head=None, dynamic=False, linear=torch_linear, grid=minmax,
+             codes=None):  # fmt: skip
+    """Replaces the weight of each nn.Linear by codes, in place; returns the names of these layers.
+
+    kind: "nf4" (the default), "int8" or "int4"; or bits: 8 or 4, for the latter two. Left out are embeddings, a weight
+    that is shared (tied), what get_output_embeddings() gives, all that is called lm_head, head, classifier, score,
+    qa_outputs or seq_relationship, subclasses of nn.Linear (and transformers' Conv1D), and what `skip` names: names of
+    layers or their ends ("c_proj", "mlp.c_proj"). head: "int8" or "int4" for the heads among these, too, and for
+    embeddings that one is tied to (they stay tied). dynamic: activations in 8 bits. linear: computes the products, see
+    torch_linear; it is in no state_dict. grid: the range of int8 and int4, see minmax. codes: {name: what an encode
+    function gives} of layers encoded already. ValueError, and nothing has changed: an unknown kind, no layer to
+    quantise, a skip that matches nothing, weights not finite (or too large for float16), merged adapters, bad codes."""
+    if bits not in (None, 4, 8) or None not in (kind, bits):
+        raise ValueError(f"bits={bits!r} beside kind={kind!r}; wanted one of the two, and bits 4 or 8")
+    kind, codes = kind or ("nf4" if bits is None else f"int{bits}"), dict(codes or {})
+    for name, value, known in (("kind", kind, KINDS), ("head", head or "int8", ("int8", "int4"))):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; wanted one of: {', '.join(known)}")
+    if kind == "nf4" and (dynamic or grid is not minmax or codes):
+        raise ValueError("kind='nf4' beside dynamic, grid or codes; wanted kind int8 or int4 for these")
+    kinds, linears, owners = chosen(model, kind, skip, head)
     if unknown := codes.keys() - kinds.keys():
         raise ValueError(f"codes={min(unknown)!r} is no layer to quantise; wanted some of: {_one_of(kinds)}")
     for name, of in kinds.items():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """train.py from end to end, on files small enough for seconds: it learns, resumes bit for bit, and loses nothing."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 import models
 import tasks
 import train
+from minimal import quant
 from minimal.recompute import add_recompute
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -1001,6 +1003,21 @@ def test_profile_says_what_would_save_memory(model, method, capsys):
     half = number(said["kept"], r"\n--batch-size 2 --grad-accum 2 +activations [\d.]+ -> ([\d.]+) MB")
     assert half == pytest.approx(number(said["halved"], r"\nactivations +([\d.]+) MB"), abs=0.11)
     assert ("--quantise-base nf4" in said["kept"]) == (method == "lora") and out
+
+
+def test_what_a_base_in_few_bits_would_save_is_what_it_saves():
+    """The head that the embedding shares is not quantised, and not counted."""
+    sizes = dict(vocab_size=600, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+    model = models.Llama(models.LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=True))
+    s = train.Settings(model="llama", finetune="lora", device="cpu", dtype="float32", rank=4)
+    models.adapt(s, model)
+    said = models.savings(s, model, model.loss, {"ids": torch.randint(600, (1, 8))}, 1)
+    for kind in ("int8", "nf4"):
+        found = next(re.search(r"weights ([\d.]+) -> ([\d.]+) MB", line) for line in said if kind in line)
+        other = copy.deepcopy(model)
+        before = quant.memory(other)
+        quant.quantise(other, kind)
+        assert float(found[1]) - float(found[2]) == pytest.approx((before - quant.memory(other)) / 1e6, abs=0.11)
 
 
 def test_recomputing_reaches_a_base_with_dropout_of_its_own(monkeypatch):
