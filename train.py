@@ -26,6 +26,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -35,6 +36,8 @@ from pathlib import Path
 # kept one of two cores busy, 5,000 turns made a training step take 0.85 s instead of 1.06, for half of the CPU time.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
 gc.disable()  # imports make 170,000 objects that stay: to look for garbage among them takes a fifth of their time
 import torch
 from safetensors import SafetensorError
@@ -270,6 +273,10 @@ class Settings:
 CHANGEABLE = set("steps lr warmup weight_decay l1 clip patience device dtype recompute compile profile "
                  "threads save_every eval_every sample_every log_every prompt temperature "
                  "top_p new_tokens".split())  # fmt: skip
+
+# What has no use beside an action: it does not train.
+TRAINING = ("finetune steps lr optimizer warmup weight_decay l1 clip patience adversarial augment profile recompute "
+            "compile grad_accum memory save_every eval_every sample_every log_every").split()  # fmt: skip
 
 
 ACTIONS = {  # instead of training; at most one
@@ -889,7 +896,7 @@ def main(argv=None):
         if action != "--resume":
             check_options(s, given - {"quantise_base"} if action in ("--sample", "--chat") else given)
         if action in ("--sample", "--chat", "--eval", "--merge", "--export"):
-            if asked := [name for name in ("profile", "recompute", "compile", "grad_accum", "memory") if name in given]:
+            if asked := [name for name in TRAINING if name in given]:
                 raise ValueError(f"{flag(asked[0])}: is of training, and {action} does none; wanted one of the two")
             s.task = s.task or ("classify" if "shots" in given else None)
             labelled = s.task == "classify"
@@ -976,4 +983,5 @@ def asked_of(s, out):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What stands between the products of a Llama's block, for one token: norm, rotary positions, gate. Rows lie without gaps.
+// What stands between the products of a Llama's block, token by token: norm, rotary positions, gate. Rows lie without gaps.
 
 // y = x / sqrt(mean(x^2) + eps) * weight, of C numbers.
 static void block_norm(const float* x, const float* weight, int64_t C, float eps, float* y) {

@@ -68,16 +68,16 @@ bool many_rows_in_integers(Kind kind);
 // out = W in floats; not of f32 and bf16.
 void unpack(const Weight& weight, View out, Parallel parallel);
 
-// One token of each row through a block of a Llama (block_cpu.cpp), all float32 but the weights.
+// A few new tokens of each row through a block of a Llama (block_cpu.cpp), all float32 but the weights.
 struct Block {
-  int64_t rows, C, D, heads, kv_heads, context, start;
+  int64_t rows, tokens, C, D, heads, kv_heads, context, start;
   float eps;
   bool dynamic;
-  const float *x, *norm1, *norm2;    // (rows, C), (C,), (C,)
+  const float *x, *norm1, *norm2;    // (rows, tokens, C), (C,), (C,)
   Weight qkv, o, gate_up, down;
-  const float *cos, *sin;            // (D,), of place `start`; the first half of sin is negative
-  float* cache;                      // (rows, 2 kv_heads, context, D): k, then v, written at `start`
-  float* out;                        // (rows, C)
+  const float *cos, *sin;            // (tokens, D), of the places from `start` on; the first half of sin is negative
+  float* cache;                      // (rows, 2 kv_heads, context, D): k, then v, written from `start` on
+  float* out;                        // (rows, tokens, C)
 };
 void llama_block(const Block& a, Parallel parallel);
 

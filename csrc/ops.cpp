@@ -577,20 +577,26 @@ Tensor llama_block(const Tensor& x, const Tensor& norm1, const Tensor& norm2,
                    const Tensor& down, const std::optional<Tensor>& down_scale, const std::optional<Tensor>& down_least,
                    const Tensor& cos, const Tensor& sin, const Tensor& cache, int64_t start, double eps, bool dynamic) {
   const char* op = "minimal::llama_block";
-  const View vx = held(op, "x", x, kFloat32, {-1, -1}, "(B, C)");
-  const View kv = held(op, "cache", cache, kFloat32, {vx.size[2], -1, -1, -1}, "(B, 2 Hkv, context, D)");
+  const View vx = held(op, "x", x, kFloat32, {-1, -1}, "(B T, C)");
+  const View kv = held(op, "cache", cache, kFloat32, {-1, -1, -1, -1}, "(B, 2 Hkv, context, D)");
   minimal::Block a;
-  a.rows = vx.size[2], a.C = vx.size[3], a.kv_heads = kv.size[1] / 2, a.context = kv.size[2], a.D = kv.size[3];
+  a.rows = kv.size[0], a.C = vx.size[3], a.kv_heads = kv.size[1] / 2, a.context = kv.size[2], a.D = kv.size[3];
   STD_TORCH_CHECK(a.C > 0 && kv.size[1] > 0 && kv.size[1] % 2 == 0 && a.D > 0 && a.D % 2 == 0 && a.D <= kMaxHeadSize, op, ": cache has shape ",
                   shape(cache), " and x ", shape(x), "; wanted (B, 2 Hkv, context, D) with an even D up to ", kMaxHeadSize);
-  STD_TORCH_CHECK(start >= 0 && start < a.context, op, ": start is ", start, "; wanted 0 to ", a.context - 1, ", a place in the cache");
+  const View vcos = held(op, "cos", cos, kFloat32, {-1, a.D}, "(T, D)");
+  a.tokens = vcos.size[2];
+  STD_TORCH_CHECK(a.tokens > 0 && vx.size[2] / a.tokens == a.rows && vx.size[2] % a.tokens == 0, op, ": x has shape ", shape(x), ", cos ",
+                  shape(cos), " and cache ", shape(cache), "; wanted B T rows, T of 1 or more, and B");
+  STD_TORCH_CHECK(start >= 0 && start <= a.context - a.tokens, op, ": start is ", start, " for ", a.tokens, " tokens; wanted 0 to ",
+                  a.context - a.tokens, ", as the cache has ", a.context, " places");
   a.start = start, a.eps = static_cast<float>(eps), a.dynamic = dynamic;
   a.x = static_cast<const float*>(vx.data), a.cache = static_cast<float*>(kv.data);
   auto line = [&](const char* name, const Tensor& t, int64_t n) {
     return static_cast<const float*>(held(op, name, t, kFloat32, {n}, "(n,)").data);
   };
   a.norm1 = line("norm1", norm1, a.C), a.norm2 = line("norm2", norm2, a.C);
-  a.cos = line("cos", cos, a.D), a.sin = line("sin", sin, a.D);
+  a.cos = static_cast<const float*>(vcos.data);
+  a.sin = static_cast<const float*>(held(op, "sin", sin, kFloat32, {a.tokens, a.D}, "(T, D)").data);
   a.qkv = weight_of(op, "qkv", qkv, qkv_scale, qkv_least, a.C);
   a.heads = a.qkv.O / a.D - 2 * a.kv_heads;
   STD_TORCH_CHECK(a.qkv.O % a.D == 0 && a.heads > 0 && a.heads % a.kv_heads == 0, op, ": qkv has ", a.qkv.O,
@@ -600,7 +606,7 @@ Tensor llama_block(const Tensor& x, const Tensor& norm1, const Tensor& norm2,
   a.down = weight_of(op, "down", down, down_scale, down_least, a.gate_up.O / 2);
   STD_TORCH_CHECK(a.o.O == a.C && a.down.O == a.C && a.gate_up.O % 2 == 0, op, ": o, down and gate_up have ", a.o.O, ", ", a.down.O,
                   " and ", a.gate_up.O, " outputs; wanted C = ", a.C, " twice, and 2 F");
-  Tensor out = empty(op, {a.rows, a.C, 0, 0}, 2, Type::f32);
+  Tensor out = empty(op, {vx.size[2], a.C, 0, 0}, 2, Type::f32);
   a.out = static_cast<float*>(out.mutable_data_ptr());
   if (a.rows > 0) minimal::llama_block(a, parallel);
   return out;

@@ -15,7 +15,7 @@ The numbers are minimal/llama.py's up to rounding (the test says how near). How 
     product(W) -> y(x)      x (N, C) -> x W^T (N, O), with a method rows(ids) -> W[ids] where W is the embedding too
 
 so a weight may be float32, as by default, or codes of a few bits with a fused product (minimal/fused_linear.py), where
-`block` computes all of this for one new token in one operation. The weights are the decoder's own: the model can be
+`block` computes all of this for a few new tokens in one operation. The weights are the decoder's own: the model can be
 deleted, or never have had any (on the meta device, where `weights` gives them one at a time). It is no nn.Module, and
 gives no gradients.
 
@@ -34,6 +34,8 @@ import types
 
 import torch
 import torch.nn.functional as F
+
+FEW = 8  # new tokens, of all rows together, up to which `block` is taken where there are several of a row
 
 
 # Same as minimal/llama.py: rotary_frequencies
@@ -76,7 +78,7 @@ class Decoder:
     model: of minimal/llama.py, without adapters (merge them), of one dtype. product: see the module. attention: called
     with q (B, H, T, D), k, v (B, Hkv, S, D), which are views of longer buffers, and causal. head: `product` of the
     head (and of the embedding that it is tied to), which bears fewer bits worse. block: None, or what takes
-    the place of `block` below for T = 1, such as fused_linear.llama_block. context: tokens at most, by default the
+    the place of `block` below for few tokens, such as fused_linear.llama_block. context: tokens at most, by default the
     model's. last: of how many positions at the end a call gives logits, if it reads so many. weights: None, or a
     function of a parameter's name that gives its tensor, in place of the model's own, such as the third that
     gguf_llama.open_llama gives: where `product` keeps codes, only one product's weights are floats at a time.
@@ -94,7 +96,7 @@ class Decoder:
                            r"input_layernorm|post_attention_layernorm))|lm_head)\.weight")  # fmt: skip
         if other := [n for n, _ in model.named_parameters() if not known.fullmatch(n)]:
             raise ValueError(f"parameter {other[0]!r} is no Llama's, such as a prefix; wanted it merged or removed")
-        self.config, self.attention, self.one, self.last = model.config, attention, block, last
+        self.config, self.attention, self.few, self.last = model.config, attention, block, last
         with torch.no_grad():
             get = weights or (lambda name: operator.attrgetter(name)(model))
             self.layers = [self._layer(f"model.layers.{i}.", get, product) for i in range(len(model.model.layers))]
@@ -141,8 +143,8 @@ class Decoder:
         self._reserve(state, B, end)
         x = self.embed.rows(ids.flatten())  # (B T, C)
         for layer, kv in zip(self.layers, state.kv, strict=True):
-            if T == 1 and self.one is not None:
-                x = self.one(x, layer, kv, self.cos[start], self.sin[start], start, c.rms_norm_eps)
+            if self.few is not None and (T == 1 or B * T <= FEW):
+                x = self.few(x, layer, kv, self.cos[start:end], self.sin[start:end], start, c.rms_norm_eps)
             else:
                 x = self.block(x, layer, kv, start, end)
         state.length = end

@@ -199,10 +199,10 @@ class Product:
 
 
 def llama_block(x, layer, cache, cos, sin, start, eps):
-    """One token of each row through a block of minimal/decoder.py, as its Decoder calls `block`: x (B, C) -> (B, C).
+    """T tokens of each row through a block of minimal/decoder.py, as its Decoder calls `block`: x (B T, C) -> the same.
 
     layer: norms, two of (C,), and qkv, o, gate_up and down, each a Product here (not of nf4). cache (B, 2 Hkv, P, D) is
-    written at `start`, whose cos and sin are (D,). float32 on the CPU; RuntimeError for what does not fit."""
+    written from `start` on; cos, sin (T, D). float32 on the CPU; RuntimeError for what does not fit."""
     weights = (*layer.qkv.parts, *layer.o.parts, *layer.gate_up.parts, *layer.down.parts)
     return torch.ops.minimal.llama_block.default(x, *layer.norms, *weights, cos, sin, cache, start, eps, layer.o.how[2])
 

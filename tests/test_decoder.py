@@ -172,13 +172,13 @@ def test_errors():
 
 
 def arguments(**changes):
-    """Those of minimal::llama_block: B 2, C 32, H 2, Hkv 1, D 16, F 24, int8."""
-    a = dict(x=torch.randn(2, 32), norm1=torch.ones(32), norm2=torch.ones(32))
+    """Those of minimal::llama_block: B 2, T 3, C 32, H 2, Hkv 1, D 16, F 24, int8."""
+    a = dict(x=torch.randn(6, 32), norm1=torch.ones(32), norm2=torch.ones(32))
     for name, O, C in (("qkv", 64, 32), ("o", 32, 32), ("gate_up", 48, 32), ("down", 32, 24)):
         parts = held("int8", torch.randn(O, C))
         a |= {name: parts["codes"], f"{name}_scale": parts["scale"], f"{name}_least": None}
     a |= dict(
-        cos=torch.ones(16), sin=torch.zeros(16), cache=torch.zeros(2, 2, 10, 16), start=3, eps=1e-5, dynamic=False
+        cos=torch.ones(3, 16), sin=torch.zeros(3, 16), cache=torch.zeros(2, 2, 10, 16), start=3, eps=1e-5, dynamic=False
     )
     assert changes.keys() <= a.keys()
     return (a | changes).values()
@@ -186,12 +186,14 @@ def arguments(**changes):
 
 @needs_operators
 @pytest.mark.parametrize("changes, message", [
-    (dict(x=torch.randn(2, 32).double()), "x "), (dict(x=torch.randn(2, 31)), "norm1 has shape"),
-    (dict(x=torch.randn(32)), "x has shape"), (dict(x=torch.randn(32, 2).T), "x of shape .* gaps"),
-    (dict(x=torch.randn(3, 32)), "cache has shape"), (dict(norm2=torch.ones(31)), "norm2 has shape"),
-    (dict(cos=torch.ones(8)), "cos has shape"), (dict(cache=torch.zeros(2, 3, 10, 16)), "cache has shape"),
+    (dict(x=torch.randn(6, 32).double()), "x "), (dict(x=torch.randn(6, 31)), "norm1 has shape"),
+    (dict(x=torch.randn(32)), "x has shape"), (dict(x=torch.randn(32, 6).T), "x of shape .* gaps"),
+    (dict(x=torch.randn(7, 32)), "x has shape"), (dict(x=torch.randn(3, 32)), "x has shape"),
+    (dict(norm2=torch.ones(31)), "norm2 has shape"), (dict(sin=torch.ones(2, 16)), "sin has shape"),
+    (dict(cos=torch.ones(0, 16), x=torch.ones(0, 32)), "x has shape"), (dict(cos=torch.ones(16)), "cos has shape"),
+    (dict(cos=torch.ones(3, 8)), "cos has shape"), (dict(cache=torch.zeros(2, 3, 10, 16)), "cache has shape"),
     (dict(cache=torch.zeros(2, 2, 10, 15)), "cache has"), (dict(cache=torch.zeros(2, 0, 10, 16)), "cache has shape"),
-    (dict(cache=torch.zeros(2, 2, 10, 512)), "cache has shape"), (dict(start=10), "start is 10"),
+    (dict(cache=torch.zeros(2, 2, 10, 512)), "cache has shape"), (dict(start=8), "start is 8"),
     (dict(start=-1), "start is -1"), (dict(qkv_scale=None), "qkv of"), (dict(qkv_least=torch.ones(64, 1)), "qkv of"),
     (dict(qkv=torch.zeros(65, 32).to(torch.int8), qkv_scale=torch.ones(65)), "qkv has 65 outputs"),
     (dict(qkv=torch.zeros(32, 32).to(torch.int8), qkv_scale=torch.ones(32)), "qkv has 32 outputs"),
@@ -211,7 +213,7 @@ def test_the_operator_writes_nothing_but_its_place():
     values = list(arguments())
     cache = values[-4]
     torch.ops.minimal.llama_block(*values)
-    assert cache[:, :, 3].abs().min() > 0 and cache[:, :, [0, 1, 2, *range(4, 10)]].abs().max() == 0
+    assert cache[:, :, 3:6].abs().min() > 0 and cache[:, :, [0, 1, 2, *range(6, 10)]].abs().max() == 0
     torch.library.opcheck(
         torch.ops.minimal.llama_block.default, tuple(arguments()), test_utils=("test_schema", "test_faketensor")
     )

@@ -25,6 +25,7 @@ from minimal.attention import attention
 from minimal.decoder import Decoder
 from minimal.generate import (
     StaticCache,
+    draw,
     filter_logits,
     generate,
     pad_left,
@@ -245,7 +246,9 @@ def test_eos_in_a_batch_is_that_of_transformers(pair):
         assert torch.equal(generate(ours, ids, 30, temperature=0, eos_id=eos), want)
 
 
-def test_sampling_draws_what_transformers_draws(pair):
+def test_sampling_draws_what_transformers_draws(pair, monkeypatch):
+    """From one seed the same tokens, where both draw in one way."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, num_samples: draw(p))
     theirs, ours = pair
     ids = prompts(3, 7)
     for settings in (dict(temperature=0.8, top_k=9), dict(temperature=1.4, top_k=20, top_p=0.8), dict(top_p=0.6)):
@@ -254,6 +257,34 @@ def test_sampling_draws_what_transformers_draws(pair):
         want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=True, **asked)
         torch.manual_seed(11)
         assert torch.equal(generate(ours, ids, 30, repetition_penalty=1.2, **settings), want)
+
+
+@pytest.mark.parametrize("scale, top_p", [(8.0, 0.9), (1.0, 0.9), (1.0, 0.02), (0.0, 0.5), (1e-3, 0.9999)])
+def test_nucleus_of_a_large_vocabulary(scale, top_p):
+    """Found among the largest few, or among so many more as it takes."""
+    torch.manual_seed(1)
+    logits = torch.randn(2, 5000).double().mul(scale).float()
+    logits[1, :9] += 20  # one row needs few
+    got = filter_logits(logits, top_p=top_p) > -math.inf
+    p, order = logits.double().softmax(-1).sort(-1, descending=True)
+    before = p.cumsum(-1) - p
+    near = (before - top_p).abs() < 1e-5  # float32 may rightly disagree, or on which of equal ones
+    count, kept = got.sum(-1), (before < top_p).sum(-1)
+    assert ((count - kept).abs() <= near.sum(-1)).all()
+    least = logits.masked_fill(~got, math.inf).amin(-1)
+    assert (logits.masked_fill(got, -math.inf).amax(-1) <= least).all()
+    assert scale in (0, 8) or count.max() > 256 or top_p < 0.1
+
+
+@pytest.mark.parametrize("u", [0.0, 0.3, 1 - 2**-53])
+@pytest.mark.parametrize("p", [[0, 0, 1, 0], [0, 2, 0, 6, 0], [1e-30, 0, 1e-38], [1, 1e-30, 0]])
+def test_no_token_of_chance_0_is_drawn(p, u, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, **how: torch.full(size, u, dtype=how["dtype"]))
+    p = torch.tensor([p, p[::-1]])
+    token = draw(p)
+    assert token.shape == (2, 1) and (p.gather(1, token) > 0).all()
+    sums = p.double().cumsum(-1)
+    assert (sums.gather(1, token) >= (1 - u) * sums[:, -1:]).all()
 
 
 def test_frequencies_are_the_filtered_probabilities():

@@ -697,7 +697,7 @@ def test_bad_input(argv, words, capsys):
     pathlib.Path("latin.txt").write_bytes("naïve".encode("latin-1") * 100)
     pathlib.Path("bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     pathlib.Path("keys.jsonl").write_text('{"txt": "no text"}\n')
-    fails([*(TINY if "--resume" not in argv else []), *argv], capsys, *words)
+    fails([*(TINY if argv[0] not in ("--resume", "--sample") else []), *argv], capsys, *words)
 
 
 def test_a_result_is_not_replaced_unasked(capsys):
@@ -975,7 +975,8 @@ def test_profile_of_a_short_run(steps, capsys):
     pretrain("--overwrite", steps=1)
     assert not (out / "trace.json").exists()  # of the run before
     fails([*TINY, "--data", "corpus", "--profile", "--dry-run"], capsys, "--profile: writes trace.json")
-    fails(["--base", str(out), "--sample", "a", "--profile"], capsys, "--profile: is of training", "--sample")
+    for asked in (["--profile"], ["--finetune", "lora"], ["--lr", "0.1"]):
+        fails(["--base", str(out), "--sample", "a", *asked], capsys, f"{asked[0]}: is of training", "--sample")
 
 
 @pytest.mark.parametrize("model", ["gpt", "llama"])
