@@ -8,12 +8,13 @@
               floats by oneDNN on an AMD with AVX-512 (minimal.matmul): as train.py --sample has it
     theirs    transformers' generate, float32, with its cache; llama.cpp on the same Q4_1 file, if it is installed
 
-Greedy, one row, a prompt of 32 random tokens, then 128 more. Prefill: 1,024 tokens at once. Sides take turns in one
-process; a ratio is the median over the rounds of ours over theirs in tokens per second, above 1 where we are faster.
+Greedy, one row, a prompt of 32 random tokens, then 128 more; sampled: the same with the temperature and the nucleus
+that train.py --sample begins with. Prefill: 1,024 tokens at once. Sides take turns in one process; a ratio is the
+median over the rounds of ours over theirs in tokens per second, above 1 where we are faster.
 Reading: tokens per second that reading all weights once per token would allow, at the rate of a sum over 512 MB in the
 same rounds. Memory: resident set of a process of its own after decoding (Linux). Speculation: float32 with its own
 weights in int4 as the draft, which says the same tokens, on three prompts of prose; calls: of the float32 model, a
-token. Prints tables, writes bench/decode.json; takes about five minutes.
+token. Prints tables, writes bench/decode.json; takes about six minutes.
 """
 
 import argparse
@@ -34,10 +35,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import report  # noqa: E402
 import torch  # noqa: E402
 
+from minimal.generate import speculate, stream  # noqa: E402
+
 KINDS = ("float32", "bfloat16", "int8", "int4")
 SIDES = (*KINDS, "transformers", "llama.cpp")
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT, NEW, LONG = 32, 128, 1024
+SAMPLING = {"temperature": 0.6, "top_p": 0.95}
 GUESSES = 3
 PROSE = (
     "The lighthouse keeper had not expected a visitor before spring, and so when he heard the knock he",
@@ -79,8 +83,13 @@ class Ours:
     def prefill(self, ids, cache=None):
         return self.decoder(ids, cache)
 
-    def decode(self, ids):
-        """-> seconds for NEW tokens after the prompt"""
+    def decode(self, ids, **sampling):
+        """-> seconds for NEW tokens after the prompt, greedy or sampled"""
+        if sampling:
+            tokens = stream(self.decoder, ids, NEW + 1, **sampling)
+            next(tokens)
+            started = time.perf_counter()
+            return len(list(tokens)) and time.perf_counter() - started
         cache = []
         token = self.prefill(ids, cache)[:, -1].argmax(-1, keepdim=True)
         started = time.perf_counter()
@@ -101,11 +110,13 @@ class Transformers:
         return self.model(ids, logits_to_keep=1).logits
 
     @torch.inference_mode()
-    def decode(self, ids):
+    def decode(self, ids, **sampling):
         def run(n):
             started = time.perf_counter()
-            how = dict(attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=n, max_new_tokens=n)
-            self.model.generate(input_ids=ids, **how)
+            how = dict(attention_mask=torch.ones_like(ids), min_new_tokens=n, max_new_tokens=n)
+            self.model.generate(
+                input_ids=ids, do_sample=bool(sampling), **({"top_k": 0} if sampling else {}), **sampling, **how
+            )
             return time.perf_counter() - started
 
         return run(NEW + 1) - run(1)
@@ -122,18 +133,17 @@ class LlamaCpp:
         self.model.reset()
         self.model.eval(ids[0].tolist())
 
-    def decode(self, ids):
+    def decode(self, ids, *, temperature=0.0, top_p=1.0):
         self.prefill(ids)
         token, started = 1, time.perf_counter()
         for _ in range(NEW):
             self.model.eval([token])
-            token = int(self.model.sample(temp=0.0))
+            token = int(self.model.sample(temp=temperature, top_p=top_p, top_k=0, min_p=0.0))
         return time.perf_counter() - started
 
 
 def speculation(rounds):
     """Seconds for NEW greedy tokens, alone and with a draft, and how often the float32 model was called for them."""
-    from minimal.generate import speculate, stream
     from models import load_model
 
     products("float32")
@@ -215,7 +225,7 @@ def main():
     for side, model in sides.items():
         products(side)
         model.prefill(short)
-    taken, prefill, rates = {s: [] for s in sides}, {s: [] for s in sides}, []
+    (taken, sampled, prefill), rates = ({s: [] for s in sides} for _ in range(3)), []
     for _ in range(args.rounds):
         started = time.perf_counter()
         much.sum()
@@ -223,17 +233,20 @@ def main():
         for side, model in sides.items():
             products(side)
             taken[side].append(model.decode(short) / NEW)
+            sampled[side].append(model.decode(short, **SAMPLING) / NEW)
             started = time.perf_counter()
             model.prefill(long)
             prefill[side].append((time.perf_counter() - started) / LONG)
     rate = statistics.median(rates)
     print(f"{args.threads} threads, torch {torch.__version__}, reading at {rate / 1e9:.1f} GB/s; tokens per second")
-    heads = "decoding", "of reading", "/transformers", "/llama.cpp", "prefill", "/transformers", "/llama.cpp", "MB"
+    over = "/transformers", "/llama.cpp"
+    heads = "decoding", "of reading", *over, "sampled", *over, "prefill", *over, "MB"
     print(" " * 14 + "".join(f"{name:>14}" for name in heads))
     rows = {}
     for side in sides:
         row = {
             "decode_per_s": 1 / statistics.median(taken[side]),
+            "sampled_per_s": 1 / statistics.median(sampled[side]),
             "prefill_per_s": 1 / statistics.median(prefill[side]),
         }
         if side in KINDS:
@@ -241,13 +254,14 @@ def main():
             row["share_of_reading"] = 1 / statistics.median(read)
         for peer in ("transformers", "llama.cpp"):
             if peer in sides and side in KINDS:
-                for what, times in (("decode", taken), ("prefill", prefill)):
+                for what, times in (("decode", taken), ("sampled", sampled), ("prefill", prefill)):
                     pairs = zip(times[peer], times[side], strict=True)
                     row[f"{what}_over_{peer}"] = statistics.median(theirs / ours for theirs, ours in pairs)
         row["resident_mb"] = resident(side, args.threads)
         rows[side] = row
 
         names = ("decode_per_s", "share_of_reading", "decode_over_transformers", "decode_over_llama.cpp",
+                 "sampled_per_s", "sampled_over_transformers", "sampled_over_llama.cpp",
                  "prefill_per_s", "prefill_over_transformers", "prefill_over_llama.cpp", "resident_mb")  # fmt: skip
         shown = (f"{row[name]:14.2f}" if row.get(name) is not None else " " * 14 for name in names)
         print(f"{side:14}{''.join(shown)}", flush=True)

@@ -13,7 +13,8 @@ struct Linear {
   bool dynamic, many;         // many: a lane is an output (linear_kernel.h); only where all products are of integers
   View out;
   int64_t row = 0, rows = 0;  // of x, that are worked on
-  char* prepared = nullptr;   // these rows, as the products read them: ROW-rounded C floats each, or what fits there
+  char* prepared = nullptr;   // these rows, as the products read them
+  int64_t next = 0;           // bytes from one of them to the next: ROW-rounded C floats, of many rows less
 };
 struct Unpack {
   Weight weight;
@@ -48,22 +49,23 @@ bool has_vnni() {
 #endif
 
 bool many_rows_in_integers(Kind kind) {
-  const bool vnni = isa() >= Isa::avx512 && has_vnni();
-  return kind == Kind::int8 ? vnni : kind == Kind::int4 && isa() >= Isa::avx2;
+  return (kind == Kind::int8 || kind == Kind::int4) && isa() >= Isa::avx2;
 }
 
 void linear_forward(View x, const Weight& weight, View bias, bool dynamic, View out, Parallel parallel) {
   const int64_t N = x.size[2], wide = (weight.C + ROW - 1) / ROW * ROW;
   dynamic = dynamic && (weight.kind == Kind::int8 || weight.kind == Kind::int4);
   const bool many = dynamic && N >= MANY && many_rows_in_integers(weight.kind);
-  // So many rows at a time that they stay in a cache beside the weights: of the second level, or the first.
-  const int64_t fit = many ? (1 << 18) / (wide + 1) : 8, at_a_time = many && fit < 48 ? 48 : fit;
-  const int64_t rows = N < at_a_time ? N : at_a_time;
-  ScratchBlock block(rows * wide);
+  // So many rows at a time that they stay in a cache beside the weights: of the second level, or the first. Of many a row
+  // is a byte for each column and three numbers for each group; not a power of two, as rows would then share a place in it.
+  const int64_t groups = (weight.C + 31) / 32, next = many ? (groups * (32 + 12) + 63) / 64 * 64 : wide * 4;
+  const int64_t fit = many ? (1 << 18) / (next + 1) : 8, at_a_time = many && fit < 48 ? 48 : fit;
+  const int64_t parts = N ? (N + at_a_time - 1) / at_a_time : 1, rows = many ? ((N + parts - 1) / parts + 11) / 12 * 12 : at_a_time;
+  ScratchBlock block((N < rows ? N : rows) * next / 4);
   const auto prepare = MINIMAL_BEST_VNNI(linear_prepare), outputs = MINIMAL_BEST_VNNI(linear_outputs);
   const int64_t width = MINIMAL_BEST_VNNI(OUTPUTS), pieces = (weight.O + width - 1) / width;
   const int64_t bytes = (const char*)weight.end - (const char*)weight.codes;
-  Linear a{x, weight, bias, dynamic, many, out, 0, 0, (char*)block.start().next};
+  Linear a{x, weight, bias, dynamic, many, out, 0, 0, (char*)block.start().next, next};
   for (; a.row < N; a.row += rows) {
     a.rows = N - a.row < rows ? N - a.row : rows;
     if (many) parallel(a.rows, prepare, &a); else prepare(&a, 0, a.rows);

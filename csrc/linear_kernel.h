@@ -307,7 +307,7 @@ static float round_group(const float* x, int8_t* q) {
 // Row n of x as the products read it. `line` has room for a row of floats.
 static void prepare(const Linear& a, int64_t n, float* line, char* to) {
   const Weight& w = a.weight;
-  const int64_t C = w.C, wide = round_up(C, ROW), used = round_up(C, GROUP * W);
+  const int64_t C = w.C, used = round_up(C, a.many ? GROUP : GROUP * W);
   if (!a.dynamic) line = (float*)to;
   for (int64_t c = 0; c < C; c += W) store(line + c, read(a.x, n * a.x.stride[2] + c * a.x.stride[3], a.x.stride[3], C - c));
   for (int64_t c = C; c < used; c++) line[c] = 0;
@@ -319,7 +319,7 @@ static void prepare(const Linear& a, int64_t n, float* line, char* to) {
     if (a.many) {
       for (int i = 0; i < GROUP; i++) sum += q[i];
       __builtin_memcpy(to + c, q, GROUP);
-      ((RowGroup*)(to + wide))[c / GROUP] = {t, t * sum, -OFFSET * sum};
+      ((RowGroup*)(to + used))[c / GROUP] = {t, t * sum, -OFFSET * sum};
     } else if (w.kind == Kind::int8)
       for (int i = 0; i < GROUP; i += BYTES < GROUP ? BYTES : GROUP) {
         Slice& s = ((Slice*)to)[(c + i) / BYTES];
@@ -444,7 +444,7 @@ static void outputs(const Linear& a, const char* x, int64_t next, int64_t n, int
 }
 template <class K, bool DYNAMIC, int M>
 static void all_rows(const Linear& a, int64_t o, int64_t far) {
-  const int64_t next = round_up(a.weight.C, ROW) * 4;
+  const int64_t next = a.next;
   for (int64_t n = 0; n < a.rows; n += 4) {
     const char* x = a.prepared + n * next;
     const int64_t rows = least(4, a.rows - n), m = a.row + n;
@@ -467,10 +467,11 @@ static void all_outputs(const Linear& a, int64_t begin, int64_t end) {
 
 // Here a lane is an output: the sum over a group stays in integers and needs one conversion for 32 products, so that this
 // is faster than a product of floats. W outputs are laid out for it first, four columns of each side by side; that pays
-// from a dozen rows on. Only where four columns of x in all lanes meet codes in an instruction or two: with VNNI, and for
-// codes of 4 bits with AVX2, as eight of their products fit 16 bits.
+// from a dozen rows on. With AVX2 a few rows of x go with twice W outputs, as four columns of x have to be loaded into all
+// lanes first, which VNNI does by itself.
 #if MINIMAL_VECTOR_BYTES >= 32
-constexpr int64_t TILE = MINIMAL_VECTOR_REGISTERS == 32 ? 12 : 6;  // rows of x side by side
+constexpr int TILE = MINIMAL_VECTOR_BYTES == 64 ? 12 : 3;  // rows of x side by side
+constexpr int ACROSS = MINIMAL_VECTOR_BYTES == 64 ? 1 : 2;  // with so many times W outputs
 struct Laid {
   vc* codes;          // C/4 of them: byte 4 j + i of number k is the code of output j and column 4 k + i
   vf *scale, *least;  // of each group, for int4
@@ -484,7 +485,7 @@ static void lay_out(const Weight& a, int64_t o, const Laid& to) {
     for (int64_t c = 0; c < a.C; c += BYTES) {
       for (int j = 0; j < W; j++) {
         const int8_t* p = (const int8_t*)a.codes + least(o + j, a.O - 1) * a.C + c;
-        r[j] = (vf)(load_over<vc>(p, a.C - c, a.end) ^ (vc{} + (int8_t)-128));
+        r[j] = (vf)(load_over<vc>(p, a.C - c, a.end) ^ (vc{} + (int8_t)OFFSET));
       }
       transpose(r);
       for (int j = 0; j < W; j++) to.codes[c / 4 + j] = (vc)r[j];
@@ -517,72 +518,90 @@ static void lay_out(const Weight& a, int64_t o, const Laid& to) {
   }
 }
 
-// N rows of x with W outputs.
-template <int N, bool INT4>
-INLINE void tile(const Linear& a, const Laid& w, int64_t o, int64_t row) {
-  const int64_t wide = round_up(a.weight.C, ROW), next = wide * 4, G = (a.weight.C + GROUP - 1) / GROUP;
+// N rows of x with M times W outputs.
+template <bool INT4, int N, int M>
+static void tile(const Linear& a, const Laid (&w)[ACROSS], int64_t o, int64_t row) {
+  const int64_t next = a.next, G = (a.weight.C + GROUP - 1) / GROUP;
   const char* x = a.prepared + row * next;
-  vf sums[N] = {};
-  for (int64_t g = 0; g < G; g++) {
-    vi dots[N];
+  const RowGroup* group = (const RowGroup*)(x + G * GROUP);
+  vf sums[M][N] = {};
+  for (int64_t g = 0; g < G; g++, x += GROUP, group++) {
+    auto of_row = [&](int n) { return *(const RowGroup*)((const char*)group + n * next); };
+    vi dots[M][N];
 #if MINIMAL_VECTOR_BYTES == 64
     UNROLL for (int n = 0; n < N; n++)
-      dots[n] = INT4 ? vi{} : vi{} + ((const RowGroup*)(x + n * next + wide))[g].start;
-    UNROLL for (int k = 0; k < 8; k++) {
-      const vc codes = w.codes[g * 8 + k];
-      UNROLL for (int n = 0; n < N; n++)
-        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(dots[n]) : "v"(codes), "m"(*(const int32_t*)(x + n * next + g * GROUP + 4 * k)));
-    }
+      UNROLL for (int m = 0; m < M; m++) dots[m][n] = INT4 ? vi{} : vi{} + of_row(n).start;
+    UNROLL for (int k = 0; k < 8; k++)
+      UNROLL for (int m = 0; m < M; m++) {
+        const vc codes = w[m].codes[g * 8 + k];
+        UNROLL for (int n = 0; n < N; n++)
+          asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(dots[m][n]) : "v"(codes), "m"(*(const int32_t*)(x + n * next + 4 * k)));
+      }
 #else
-    vs pairs[N] = {};
-    UNROLL for (int k = 0; k < 8; k++) {
-      const vc codes = w.codes[g * 8 + k];
-      UNROLL for (int n = 0; n < N; n++)
-        pairs[n] += dot_pairs(codes, (vc)(vi{} + load_as<int32_t>(x + n * next + g * GROUP + 4 * k)));
-      UNROLL for (int n = 0; n < N; n++) asm("" : "+x"(pairs[n]));  // or GCC would add later, and spill until then
-    }
-    UNROLL for (int n = 0; n < N; n++) dots[n] = add_pairs(pairs[n]);
+    vs pairs[M][N] = {};
+    if (!INT4) UNROLL for (int n = 0; n < N; n++) UNROLL for (int m = 0; m < M; m++) dots[m][n] = vi{};
+    UNROLL for (int k = 0; k < 8; k++)
+      UNROLL for (int n = 0; n < N; n++) {
+        const vc four = (vc)(vi{} + load_as<int32_t>(x + n * next + 4 * k));
+        UNROLL for (int m = 0; m < M; m++) {
+          if constexpr (INT4) {
+            pairs[m][n] += dot_pairs(w[m].codes[g * 8 + k], four);
+            asm("" : "+x"(pairs[m][n]));  // or GCC would add later, and spill until then
+          } else {
+            dots[m][n] = dot_signed(dots[m][n], w[m].codes[g * 8 + k], four);
+            asm("" : "+x"(dots[m][n]));
+          }
+        }
+      }
+    if (INT4) UNROLL for (int n = 0; n < N; n++) UNROLL for (int m = 0; m < M; m++) dots[m][n] = add_pairs(pairs[m][n]);
 #endif
     UNROLL for (int n = 0; n < N; n++) {
-      const RowGroup& t = ((const RowGroup*)(x + n * next + wide))[g];
-      if (INT4) sums[n] += as_floats(dots[n]) * w.scale[g] * t.scale + w.least[g] * t.sum;
-      else sums[n] += as_floats(dots[n]) * t.scale;
+      const RowGroup t = of_row(n);
+      UNROLL for (int m = 0; m < M; m++) {
+        const vf dot = as_floats(dots[m][n]);
+        sums[m][n] += (INT4 ? dot * w[m].scale[g] : dot) * t.scale;
+        if (INT4) sums[m][n] += w[m].least[g] * t.sum;
+      }
     }
   }
-  const vf scale = INT4 ? splat(1) : Int8::scale(a.weight, o);
-  const vf bias = a.bias.data ? read(a.bias, o * a.bias.stride[3], a.bias.stride[3], a.weight.O - o) : vf{};
-  UNROLL for (int n = 0; n < N; n++) write(a.out, (a.row + row + n) * a.weight.O + o, 1, a.weight.O - o, sums[n] * scale + bias);
+  UNROLL for (int m = 0; m < M; m++, o += W) {
+    const vf scale = INT4 ? splat(1) : Int8::scale(a.weight, o);
+    const vf bias = a.bias.data ? read(a.bias, o * a.bias.stride[3], a.bias.stride[3], a.weight.O - o) : vf{};
+    UNROLL for (int n = 0; n < N; n++)
+      write(a.out, (a.row + row + n) * a.weight.O + o, 1, a.weight.O - o, sums[m][n] * scale + bias);
+  }
+}
+template <bool INT4, int M>
+static void with_all_rows(const Linear& a, const Laid (&laid)[ACROSS], int64_t o) {
+  int64_t n = 0;
+  for (int m = 0; m < M; m++) lay_out<INT4>(a.weight, o + m * W, laid[m]);
+  for (; n + TILE <= a.rows; n += TILE) tile<INT4, TILE, M>(a, laid, o, n);
+  for (; n + 3 <= a.rows; n += 3) tile<INT4, 3, M>(a, laid, o, n);
+  for (; n < a.rows; n++) tile<INT4, 1, M>(a, laid, o, n);
 }
 template <bool INT4>
 static void many_outputs(const Linear& a, int64_t begin, int64_t end) {
   const int64_t wide = round_up(a.weight.C, ROW), constants = wide / GROUP * W;
-  ScratchBlock block(wide * W / 4 + 2 * constants);  // wide / 4 vectors of codes, and of each group two
+  ScratchBlock block(ACROSS * (wide * W / 4 + 2 * constants));  // wide / 4 vectors of codes, and of each group two
   Scratch scratch = block.start();
-  const Laid laid{(vc*)scratch.take(wide * W / 4), (vf*)scratch.take(constants), (vf*)scratch.take(constants)};
-  for (int64_t i = begin; i < end; i++) {
-    lay_out<INT4>(a.weight, i * W, laid);
-    int64_t n = 0;
-    for (; n + TILE <= a.rows; n += TILE) tile<TILE, INT4>(a, laid, i * W, n);
-    for (; n + 4 <= a.rows; n += 4) tile<4, INT4>(a, laid, i * W, n);
-    for (; n < a.rows; n++) tile<1, INT4>(a, laid, i * W, n);
-  }
+  Laid laid[ACROSS];
+  for (Laid& l : laid) l = {(vc*)scratch.take(wide * W / 4), (vf*)scratch.take(constants), (vf*)scratch.take(constants)};
+  int64_t i = begin;
+  for (; i + ACROSS <= end; i += ACROSS) with_all_rows<INT4, ACROSS>(a, laid, i * W);
+  for (; i < end; i++) with_all_rows<INT4, 1>(a, laid, i * W);
 }
 #endif
 
 // Rows a.row to a.row + a.rows of x, made ready; then all outputs for them, W at a time.
 static void linear_prepare(void* context, int64_t begin, int64_t end) {
   const Linear& a = *(const Linear*)context;
-  const int64_t wide = round_up(a.weight.C, ROW);
-  ScratchBlock line(wide);
-  for (int64_t n = begin; n < end; n++) prepare(a, a.row + n, line.start().next, a.prepared + n * wide * 4);
+  ScratchBlock line(round_up(a.weight.C, ROW));
+  for (int64_t n = begin; n < end; n++) prepare(a, a.row + n, line.start().next, a.prepared + n * a.next);
 }
 static void linear_outputs(void* context, int64_t begin, int64_t end) {
   const Linear& a = *(const Linear*)context;
-#if MINIMAL_VECTOR_BYTES == 64
-  if (a.many && a.weight.kind == Kind::int8) return many_outputs<false>(a, begin, end);
-#endif
 #if MINIMAL_VECTOR_BYTES >= 32
-  if (a.many) return many_outputs<true>(a, begin, end);
+  if (a.many) return a.weight.kind == Kind::int8 ? many_outputs<false>(a, begin, end) : many_outputs<true>(a, begin, end);
 #endif
   switch (a.weight.kind) {
     case Kind::int8: return a.dynamic ? all_outputs<Int8, true>(a, begin, end) : all_outputs<Int8, false>(a, begin, end);

@@ -8,7 +8,8 @@ quantised model on the first. So here, of minimal/llama.py's equations,
     q, k and v are one product, and so are gate and up      W = [W_q; W_k; W_v],  [W_gate; W_up]
     q and k turn together                                   x cos + (x rolled by D/2) (-sin, sin)  from a table
     k and v go to their place in one buffer                 (B, 2 Hkv, P, D), allocated once: no copy of the whole cache
-    the head reads the last position alone                  logits (B, 1, V), or of the last n; the rest was given
+    the head reads the last position alone, and so does     logits (B, 1, V), or of the last n; the rest was given
+    the last block behind its keys and values
 
 The numbers are minimal/llama.py's up to rounding (the test says how near). How W is held and multiplied is an argument:
 
@@ -35,7 +36,7 @@ import types
 import torch
 import torch.nn.functional as F
 
-FEW = 8  # new tokens, of all rows together, up to which `block` is taken where there are several of a row
+FEW = 16  # new tokens, of all rows together, up to which `block` is taken where there are several of a row
 
 
 # Same as minimal/llama.py: rotary_frequencies
@@ -48,6 +49,12 @@ def rotary_frequencies(config, dtype=torch.float32, device=None):
         turns = frequency * s["original_max_position_embeddings"] / (2 * math.pi)
         keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
     return frequency * (keep + (1 - keep) / s["factor"])
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) weight, over the last dimension: F.rms_norm passes over memory more often on a CPU."""
+    r = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (x * r).mul_(weight).to(x.dtype)
 
 
 class Product:
@@ -146,28 +153,30 @@ class Decoder:
             if self.few is not None and (T == 1 or B * T <= FEW):
                 x = self.few(x, layer, kv, self.cos[start:end], self.sin[start:end], start, c.rms_norm_eps)
             else:
-                x = self.block(x, layer, kv, start, end)
+                x = self.block(x, layer, kv, start, end, self.last if layer is self.layers[-1] else T)
         state.length = end
         if cache is not None:
             cache[:] = [state]
-        x = x.view(B, T, -1)[:, -self.last :].flatten(0, 1)  # (B n, C)
-        return self.head(F.rms_norm(x, x.shape[-1:], self.norm, c.rms_norm_eps)).unflatten(0, (B, -1))  # (B, n, V)
+        x = x.view(B, -1, x.size(1))[:, -self.last :].flatten(0, 1)  # (B n, C)
+        return self.head(rms_norm(x, self.norm, c.rms_norm_eps)).unflatten(0, (B, -1))  # (B, n, V)
 
-    def block(self, x, layer, kv, start, end):
-        """x (B T, C) of places start to end -> the same after the layer; kv (B, 2 Hkv, P, D) is written there."""
+    def block(self, x, layer, kv, start, end, last):
+        """x (B T, C) of places start to end -> the last ones after the layer; kv (B, 2 Hkv, P, D) is written there."""
         H, Hkv, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         (B, T, C), eps, half = (len(kv), end - start, x.size(1)), self.config.rms_norm_eps, D // 2
-        qkv = layer.qkv(F.rms_norm(x, (C,), layer.norms[0], eps)).view(B, T, H + 2 * Hkv, D)
+        n = min(last, T)
+        qkv = layer.qkv(rms_norm(x, layer.norms[0], eps)).view(B, T, H + 2 * Hkv, D)
         qk, v = qkv.split((H + Hkv, Hkv), dim=2)  # (B, T, H + Hkv, D), (B, T, Hkv, D)
-        rolled = torch.cat((qk[..., half:], qk[..., :half]), -1)
-        turned = torch.addcmul(qk * self.cos[start:end, None], rolled, self.sin[start:end, None])
+        turned, sin = qk * self.cos[start:end, None], self.sin[start:end, None]
+        turned[..., :half].addcmul_(qk[..., half:], sin[..., :half])
+        turned[..., half:].addcmul_(qk[..., :half], sin[..., half:])
         kv[:, :Hkv, start:end] = turned[:, :, H:].transpose(1, 2)
         kv[:, Hkv:, start:end] = v.transpose(1, 2)
         seen = kv[:, :, :end]
-        y = self.attention(turned[:, :, :H].transpose(1, 2), seen[:, :Hkv], seen[:, Hkv:], causal=True)
-        x = layer.o(y.transpose(1, 2).reshape(B * T, H * D)).add_(x)
-        gate, up = layer.gate_up(F.rms_norm(x, (C,), layer.norms[1], eps)).chunk(2, -1)
-        return layer.down(F.silu(gate).mul_(up)).add_(x)
+        y = self.attention(turned[:, -n:, :H].transpose(1, 2), seen[:, :Hkv], seen[:, Hkv:], causal=True)
+        x = layer.o(y.transpose(1, 2).reshape(B * n, H * D)).add_(x.view(B, T, C)[:, -n:].flatten(0, 1))
+        gate, up = layer.gate_up(rms_norm(x, layer.norms[1], eps)).chunk(2, -1)
+        return layer.down(F.silu(gate, inplace=True).mul_(up)).add_(x)
 
     def _reserve(self, state, B, length):
         """Buffers (B, 2 Hkv, at least `length`, D); grown by doubling, so that copying costs a constant per token."""

@@ -52,8 +52,7 @@ HELD = {
     "nf4": ("codes", "absmax", "scale", "mean"),
     "bfloat16": ("weight",),
 }
-FEW = 16  # rows up to which the operators win over unpacking W, where they do not for all
-FEW_FLOATS = 8  # the same beside F.linear, where there is nothing to unpack
+FEW = 16  # rows up to which the operators win over F.linear and over unpacking W, where they do not for all
 PANEL = 1 << 20  # weights that are unpacked at a time: 4 MB of float32
 
 
@@ -175,7 +174,7 @@ def unpack(kind: str, shape, dtype=torch.float32, **held) -> Tensor:
 class Product:
     """x W^T of a weight W (O, C) held in parts, without gradient and with few checks: for minimal/decoder.py.
 
-    kind, shape, held and dynamic as in linear, and "float32" with weight, which is F.linear for more than eight rows.
+    kind, shape, held and dynamic as in linear, and "float32" with weight, which is F.linear for more than 16 rows.
     Called with x (N, C) it gives (N, O); rows(ids) gives W[ids] in float32, (n, C), for ids (n,); not of nf4, whose
     blocks do not end with the rows (ValueError)."""
 
@@ -187,7 +186,7 @@ class Product:
     def __call__(self, x):
         if self.how[0] != "float32":
             return _product(x, None, *self.how)
-        few, W = x.shape[0] <= FEW_FLOATS and why_not(x) is None, self.parts[0]
+        few, W = x.shape[0] <= FEW and why_not(x) is None, self.parts[0]
         return torch.ops.minimal.linear_f32.default(x, W, None) if few else F.linear(x, W)
 
     def rows(self, ids):

@@ -3,7 +3,7 @@
 # Builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer in a temporary folder and runs its tests
 # under them once: a read past a tensor's end, which often goes unnoticed, ends the run with an error.
 #
-#     tests/sanitize.sh [more arguments for pytest]       # PYTHON names the interpreter; about two minutes on two cores
+#     tests/sanitize.sh [more arguments for pytest]       # PYTHON names the interpreter; about four minutes on two cores
 #
 # Left out are the tests that start compilers or other processes: they would run sanitised, too, and test nothing more.
 set -eu
@@ -14,8 +14,10 @@ trap 'rm -rf "$folder"' EXIT
 
 cp -r "$root/csrc" "$root/setup.py" "$root/pyproject.toml" "$folder"
 mkdir "$folder/minimal" "$folder/tests"
-cp "$root/minimal/__init__.py" "$root/minimal/fused.py" "$root/minimal/fused_linear.py" "$root/minimal/fused_mlp.py" "$root/minimal/quant.py" "$folder/minimal"
-cp "$root/tests/conftest.py" "$root/tests/test_fused.py" "$root/tests/test_softmax_op.py" "$root/tests/test_fused_linear.py" "$root/tests/test_fused_mlp.py" "$folder/tests"
+cp "$root"/minimal/*.py "$folder/minimal"
+for name in conftest test_fused test_softmax_op test_fused_linear test_fused_mlp test_decoder; do
+    cp "$root/tests/$name.py" "$folder/tests"
+done
 : > "$folder/README.md"
 
 cd "$folder"

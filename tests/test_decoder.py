@@ -221,7 +221,7 @@ def test_the_operator_writes_nothing_but_its_place():
 
 @needs_operators
 @pytest.mark.parametrize("isa", ["amx", "avx512", "avx2", "generic"])
-def test_every_instruction_set(isa):
+def test_every_instruction_set_in_a_process_of_its_own(isa):
     if isa not in sys.modules["minimal._C"].instruction_sets().split(","):
         pytest.skip(f"this processor or build has no {isa}")
     if os.environ.get("MINIMAL_ISA") == isa:

@@ -372,7 +372,7 @@ def test_same_bits_for_every_number_of_threads_and_rows(isa, case, dynamic):
     torch.set_num_threads(2)
 
 
-@given(case=cases(["float32"], rows=st.integers(0, 2 * fused_linear.FEW_FLOATS)))
+@given(case=cases(["float32"], rows=st.integers(0, 2 * fused_linear.FEW)))
 def test_a_product_of_floats_takes_any_number_of_rows(case):
     kind, x, (O, C), _, held = case
     x = x.float()
