@@ -391,6 +391,10 @@ def complete(s):
         torch.set_num_threads(s.threads)
     if s.device == "cpu":
         use_onednn()
+        short = {"bfloat16": "bf16", "float16": "fp16"}.get(s.dtype)
+        known = short and torch.backends.mkldnn.is_available()
+        if known and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported")():
+            print(f"note: --dtype {s.dtype}: this processor multiplies it several times as slowly as float32")
     return s
 
 

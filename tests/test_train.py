@@ -700,6 +700,16 @@ def test_bad_input(argv, words, capsys):
     fails([*(TINY if argv[0] not in ("--resume", "--sample") else []), *argv], capsys, *words)
 
 
+@pytest.mark.parametrize("dtype, short", [("float16", "fp16"), ("bfloat16", "bf16")])
+def test_a_dtype_that_the_processor_lacks_is_said_to_be_slow(dtype, short, capsys, monkeypatch):
+    for there in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", lambda there=there: there)
+        train.complete(train.Settings(dtype=dtype, device="cpu"))
+        assert (f"note: --dtype {dtype}" in capsys.readouterr().out) is not there
+    train.complete(train.Settings(device="cpu"))
+    assert "note" not in capsys.readouterr().out
+
+
 def test_a_result_is_not_replaced_unasked(capsys):
     out = pretrain()
     fails([*TINY, "--data", "corpus"], capsys, "--out out/gpt", "--overwrite")
