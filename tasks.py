@@ -601,7 +601,8 @@ def rows_to_score(s, labels, part):
 
 def note_few(rows):
     if len(rows) < 30:
-        print(f"note: {len(rows)} rows for validation are few: a score of them is rough")
+        what = "1 row for validation is" if len(rows) == 1 else f"{len(rows)} rows for validation are"
+        print(f"note: {what} few: a score of them is rough")
 
 
 def prepare_rows(s, folder, tokenizer):

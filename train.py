@@ -36,7 +36,7 @@ from pathlib import Path
 # kept one of two cores busy, 5,000 turns made a training step take 0.85 s instead of 1.06, for half of the CPU time.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
 gc.disable()  # imports make 170,000 objects that stay: to look for garbage among them takes a fifth of their time
 import torch
@@ -208,7 +208,7 @@ class Settings:
     target: str = setting("all-linear", str, "LoRA: layers by name, suffix, list, expression; or all-linear")
     lora_plus: float = setting(1.0, (float, 1), "LoRA: B learns so many times as fast as A (LoRA+, where it is 16)")
     quantise_base: str = setting("none", ["none", *quant.KINDS], "LoRA: the frozen base in 4 bits (nf4: QLoRA) or 8; "
-                             "--sample, --chat: the model so, int4 and int8 several times as fast")  # fmt: skip
+                             "--sample, --chat: the model so, int4 and int8 over twice as fast")  # fmt: skip
     rslora: bool = setting(False, bool, "LoRA: scale by alpha / sqrt(rank), steadier at high ranks")
     dora: bool = setting(False, bool, "LoRA: learn direction and magnitude apart (DoRA)")
     bottleneck: int = setting(32, (int, 1), "adapter: width between the two projections")
@@ -275,8 +275,9 @@ CHANGEABLE = set("steps lr warmup weight_decay l1 clip patience device dtype rec
                  "top_p new_tokens".split())  # fmt: skip
 
 # What has no use beside an action: it does not train.
-TRAINING = ("finetune steps lr optimizer warmup weight_decay l1 clip patience adversarial augment profile recompute "
-            "compile grad_accum memory save_every eval_every sample_every log_every").split()  # fmt: skip
+TRAINING = ("finetune steps lr optimizer warmup weight_decay l1 clip patience dropout label_smoothing adversarial "
+            "epsilon augment profile recompute compile grad_accum memory save_every eval_every sample_every "
+            "log_every").split()  # fmt: skip
 
 
 ACTIONS = {  # instead of training; at most one
@@ -394,7 +395,8 @@ def complete(s):
         short = {"bfloat16": "bf16", "float16": "fp16"}.get(s.dtype)
         known = short and torch.backends.mkldnn.is_available()
         if known and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported")():
-            print(f"note: --dtype {s.dtype}: this processor multiplies it several times as slowly as float32")
+            slow = f"note: --dtype {s.dtype}: this processor multiplies it several times as slowly as float32"
+            print(slow, file=sys.stderr)
     return s
 
 
@@ -755,6 +757,7 @@ def run(s, resume=None):
                 # What is wrong with them is better known before the base is trained.
                 (chats_of if s.task == "chat" else rows_of)(s)
             s.base = s.base or find_base(s)
+            started = time.perf_counter()
             if out.resolve() == Path(s.base).resolve():
                 raise ValueError(f"--out {out}: is --base too; wanted another folder")
     identity = identity_of(s.base) if s.finetune else None
@@ -776,7 +779,8 @@ def run(s, resume=None):
             record("begun", {"step": 0}, beside)
         data.folder = out / "state"  # where its files lie now
 
-    progress = fit(s, model, data, teacher, out, resume, record)
+    with runs.held(out / "state"):
+        progress = fit(s, model, data, teacher, out, resume, record)
     runs.plot(out)
     if progress["best_step"] != progress["step"]:
         model = load_model(out)[0].to(s.device)
@@ -888,7 +892,14 @@ def dry_run(s):
         lines = (Path(short.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     for name, value in (dataclasses.asdict(s) | {"seq_len": short.seq_len}).items():  # nothing was wrong with them
         print(flag(name), value)
-    print(*(line for line in said.getvalue().splitlines() if line.startswith(("data:", "note:", "model:"))), sep="\n")
+    print(
+        *(
+            line
+            for line in said.getvalue().splitlines()
+            if line.startswith(("data:", "note:", "model:", "microbatches:"))
+        ),
+        sep="\n",
+    )
     first, second = (json.loads(line)["elapsed_s"] for line in lines[:2])  # the third evaluates
     print(f"{s.steps} steps would take {s.steps * (second - first):.0f} s and {peak_memory_mb(s):,.0f} MB; "
           "nothing was written")  # fmt: skip
@@ -900,7 +911,8 @@ def main(argv=None):
         if action != "--resume":
             check_options(s, given - {"quantise_base"} if action in ("--sample", "--chat") else given)
         if action in ("--sample", "--chat", "--eval", "--merge", "--export"):
-            if asked := [name for name in TRAINING if name in given]:
+            unused = TRAINING if action == "--eval" else [*TRAINING, "dtype", "batch_size"]
+            if asked := [name for name in unused if name in given]:
                 raise ValueError(f"{flag(asked[0])}: is of training, and {action} does none; wanted one of the two")
             s.task = s.task or ("classify" if "shots" in given else None)
             labelled = s.task == "classify"
@@ -987,5 +999,6 @@ def asked_of(s, out):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

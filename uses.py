@@ -72,6 +72,9 @@ def check_free(s, out):
         go_on = f"an unfinished run (--resume {out} goes on with it)"
         what = go_on if status == "unfinished" else "a finished run" if status else f"a result ({there[0]})"
         raise ValueError(f"--out {out}: holds {what}; wanted --overwrite to replace it, or another --out")
+    if (out / "state").is_dir():
+        with runs.held(out / "state"):
+            pass
 
 
 def report(s, folder, scores, data):

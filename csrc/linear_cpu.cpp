@@ -57,10 +57,11 @@ void linear_forward(View x, const Weight& weight, View bias, bool dynamic, View 
   dynamic = dynamic && (weight.kind == Kind::int8 || weight.kind == Kind::int4);
   const bool many = dynamic && N >= MANY && many_rows_in_integers(weight.kind);
   // So many rows at a time that they stay in a cache beside the weights: of the second level, or the first. Of many a row
-  // is a byte for each column and three numbers for each group; not a power of two, as rows would then share a place in it.
-  const int64_t groups = (weight.C + 31) / 32, next = many ? (groups * (32 + 12) + 63) / 64 * 64 : wide * 4;
+  // is a byte for each column and three numbers for each group, in an odd number of lines: else rows would share places.
+  const int64_t groups = (weight.C + 31) / 32, lines = (groups * (32 + 12) + 63) / 64, next = many ? (lines | 1) * 64 : wide * 4;
   const int64_t fit = many ? (1 << 18) / (next + 1) : 8, at_a_time = many && fit < 48 ? 48 : fit;
-  const int64_t parts = N ? (N + at_a_time - 1) / at_a_time : 1, rows = many ? ((N + parts - 1) / parts + 11) / 12 * 12 : at_a_time;
+  const int64_t parts = N ? (N + at_a_time - 1) / at_a_time : 1;  // of equal size
+  const int64_t rows = many ? ((N + parts - 1) / parts + 11) / 12 * 12 : at_a_time;
   ScratchBlock block((N < rows ? N : rows) * next / 4);
   const auto prepare = MINIMAL_BEST_VNNI(linear_prepare), outputs = MINIMAL_BEST_VNNI(linear_outputs);
   const int64_t width = MINIMAL_BEST_VNNI(OUTPUTS), pieces = (weight.O + width - 1) / width;

@@ -466,8 +466,8 @@ static void all_outputs(const Linear& a, int64_t begin, int64_t end) {
 // ------------------------------------------------------------------------------------------------ many rows of integers
 
 // Here a lane is an output: the sum over a group stays in integers and needs one conversion for 32 products, so that this
-// is faster than a product of floats. W outputs are laid out for it first, four columns of each side by side; that pays
-// from a dozen rows on. With AVX2 a few rows of x go with twice W outputs, as four columns of x have to be loaded into all
+// is faster than a product of floats. W outputs are laid out for it first, four columns of each side by side, which pays
+// from MANY rows on. With AVX2 a few rows of x go with twice W outputs, as four columns of x have to be loaded into all
 // lanes first, which VNNI does by itself.
 #if MINIMAL_VECTOR_BYTES >= 32
 constexpr int TILE = MINIMAL_VECTOR_BYTES == 64 ? 12 : 3;  // rows of x side by side

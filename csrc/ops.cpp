@@ -653,8 +653,8 @@ STABLE_TORCH_LIBRARY(minimal, m) {
   m.def("unpack_int8(Tensor codes, Tensor scale, bool bfloat16) -> Tensor");
   m.def("unpack_int4(Tensor codes, Tensor scale, Tensor least, int C, bool bfloat16) -> Tensor");
   m.def("unpack_nf4(" MINIMAL_NF4 "int first, int count, bool bfloat16) -> Tensor");  // of W flattened, a part
-  // One token of each row of x (B, C) through a block of a Llama: minimal/decoder.py has the equations. cos and sin (D,) are
-  // of place `start`, where k and v are written into the cache (B, 2 Hkv, context, D). A weight (O, C) is float32 or bfloat16,
+  // T tokens of each row, x (B T, C), through a block of a Llama: minimal/decoder.py has the equations. cos and sin (T, D) are
+  // of the places from `start` on, where k and v are written into the cache (B, 2 Hkv, context, D). A weight (O, C) is float32 or bfloat16,
   // int8 with a scale, or uint8 with scale and least, as in linear_*.
 #define MINIMAL_WEIGHT(name) "Tensor " name ", Tensor? " name "_scale, Tensor? " name "_least, "
   m.def("llama_block(Tensor x, Tensor norm1, Tensor norm2, " MINIMAL_WEIGHT("qkv") MINIMAL_WEIGHT("o") MINIMAL_WEIGHT("gate_up")
@@ -695,6 +695,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("flags") = "";
 #endif
+  m.attr("version") = 2;  // of the operators: more where one is added or takes other arguments
   m.attr("torch_built_with") = torch_version(TORCH_ABI_VERSION);
   m.attr("torch_needed") = torch_version(TORCH_TARGET_VERSION);
   m.def("instruction_sets", [] { return std::string(minimal::instruction_sets()); },

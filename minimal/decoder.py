@@ -6,10 +6,10 @@ computed anything: some microseconds, hundreds of times a token. minimal/llama.p
 quantised model on the first. So here, of minimal/llama.py's equations,
 
     q, k and v are one product, and so are gate and up      W = [W_q; W_k; W_v],  [W_gate; W_up]
-    q and k turn together                                   x cos + (x rolled by D/2) (-sin, sin)  from a table
+    q and k turn together                                   x cos + (x rolled by D/2) (-sin, sin), from a table
     k and v go to their place in one buffer                 (B, 2 Hkv, P, D), allocated once: no copy of the whole cache
-    the head reads the last position alone, and so does     logits (B, 1, V), or of the last n; the rest was given
-    the last block behind its keys and values
+    the head reads the last position alone                  logits (B, 1, V), or of the last n; so does the last block,
+                                                            behind its keys and values
 
 The numbers are minimal/llama.py's up to rounding (the test says how near). How W is held and multiplied is an argument:
 
@@ -53,7 +53,8 @@ def rotary_frequencies(config, dtype=torch.float32, device=None):
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) weight, over the last dimension: F.rms_norm passes over memory more often on a CPU."""
-    r = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    r = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
     return (x * r).mul_(weight).to(x.dtype)
 
 

@@ -20,7 +20,7 @@ A few rows of x, as in decoding, take as long as reading the codes once. There a
                    case: for normal x and W, y is off by about 0.6 % (root mean square)
 
 Departure from the common way, one t for a row of x: a group is not spoilt by a large number elsewhere in the row.
-Many rows (prefill): dynamic is faster than F.linear with a float32 weight too, int4 with AVX2, int8 with AVX-512 VNNI.
+Many rows (prefill): dynamic is faster than F.linear with a float32 weight too, where there is AVX2.
 Else they are a product of floats: a panel of W at a time, 4 MB, is unpacked while the cache has it and multiplied, so
 that a layer never needs the memory of W, forward or backward. Where a gradient is wanted x is never rounded, and the
 gradients to x and b are exact for W; the codes have none.
@@ -86,7 +86,7 @@ def _load() -> str | None:
             warnings.warn(f"minimal.fused_linear runs in plain PyTorch; {reason}", RuntimeWarning, stacklevel=3)
             return reason
         sys.modules["minimal._C"] = module
-    if not hasattr(torch.ops.minimal, "linear_f32"):
+    if getattr(sys.modules["minimal._C"], "version", 1) < 2:
         return "too old: the compiled minimal/_C lacks linear layers; build it again"
     if not hasattr(torch.ops.minimal, "has_linear_rules"):  # a second copy of this file must not add them again
         _register_rules()

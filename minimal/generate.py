@@ -20,7 +20,7 @@ speculate() is after Leviathan, Kalman, Matias, "Fast Inference from Transformer
 which gives tokens distributed exactly as p's own: p(x) = q(x) min(1, p(x)/q(x)) + P(rejected) max(0, p - q)(x) / sum.
 
 Departures: CTRL divides negative logits too, which would favour the repeated token: here they are multiplied. Top-k
-keeps k tokens, never more; which of several equal ones at the cut is left to PyTorch.
+keeps k tokens, never more; which of several equal ones at a cut is left to PyTorch.
 
     ids = generate(model, ids, 100, temperature=0.8, top_p=0.95)                # (B, T) -> (B, T + at most 100)
     ids, documents = pad_left([[5, 3], [2, 7, 1]]);  ids = generate(model, ids, 100, documents=documents)

@@ -15,6 +15,8 @@ lines of metrics.jsonl are appended, since to rewrite a log at every line would 
         while not signals: ...                       # Ctrl-C ends the loop after the step, not in the middle of it
     newest("out", lambda run: run["status"] == "unfinished")
 
+    with held(folder): ...                           # no second process trains into it
+
 There are no tensors here.
 """
 
@@ -122,6 +124,26 @@ def raised(signals: list[int]) -> Iterator[None]:
     with handled(note):
         if signals:
             raise KeyboardInterrupt
+        yield
+
+
+@contextlib.contextmanager
+def held(folder: str | os.PathLike) -> Iterator[None]:
+    """Keeps a folder, by a file `lock` in it, to this process while the body runs, or until the process ends, however
+    it does. ValueError: another one, or a body around this, holds it. No effect on Windows, and on a file system
+    without locks."""
+    try:
+        import fcntl
+    except ImportError:
+        fcntl = None
+    with open(pathlib.Path(folder) / "lock", "a") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process works there; wanted that one to end first") from None
+        except OSError:
+            pass
         yield
 
 

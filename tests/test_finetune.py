@@ -298,10 +298,11 @@ def test_export(model, capsys):
 def test_all_methods_in_one_table(capfd):
     base = pretrain("--seq-len", "128")
     train.main([*TINY, "--seq-len", "100", "--finetune", "all", "--base", str(base), "--data", chats(), "--steps", "8",
-                "--lr", "0.02", "--budget", "0.6", "--out", "out/all"])  # fmt: skip
+                "--lr", "0.005", "--budget", "0.6", "--out", "out/all"])  # fmt: skip
     table = json.loads(pathlib.Path("out/all/table.json").read_text())["rows"]
     assert [row["method"] for row in table] == "full freeze surgical lora dora qlora adapter prefix prompt".split()
-    assert all(row["val_loss"] < row["val_loss_before"] and row["trainable"] > 0 for row in table), table
+    for row in table:
+        assert row["val_loss"] < row["val_loss_before"] and row["trainable"] > 0, row
     assert len({row["val_loss_before"] for row in table if row["method"] in ("full", "freeze", "lora", "adapter")}) == 1
     text = pathlib.Path("out/all/table.md").read_text()
     assert text.count("\n|") >= 10 and pathlib.Path("out/all/table.png").read_bytes().startswith(b"\x89PNG")
@@ -482,7 +483,8 @@ def test_labels_are_not_dropped_in_silence(capsys):
     rows = write("rows.jsonl", [row | {"label": "ab"[i % 2]} for i, row in enumerate(rows)])
     flags = ["--base", str(base), "--data", rows]
     for action in (["--finetune", "lora", "--out", "out/bad"], ["--eval"]):
-        fails([*TINY, *flags, *action], capsys, "rows.jsonl", "text and label", "--task classify", "--task lm")
+        tiny = TINY if "--finetune" in action else []
+        fails([*tiny, *flags, *action], capsys, "rows.jsonl", "text and label", "--task classify", "--task lm")
     fails([*TINY, "--data", rows, "--out", "out/bad"], capsys, "--task classify")
     train.main([*TINY, *flags, "--task", "lm", "--finetune", "lora", "--out", "out/text", "--steps", "2"])
     assert json.loads(pathlib.Path("out/text/args.json").read_text())["settings"]["task"] == "lm"

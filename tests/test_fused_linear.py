@@ -622,3 +622,11 @@ def test_plain_rows_are_the_fused_ones(case):
     kind, _, (O, C), _, held = case
     plain = fused_linear._rows(kind, C, 0, O, torch.float32, list(held.values()), plain=True)
     assert torch.allclose(plain.double(), wide(kind, O, C, held), 1e-5, 1e-4)
+
+
+def test_an_extension_of_an_earlier_version_is_not_used(monkeypatch):
+    assert fused_linear._load() is None
+    monkeypatch.setattr(sys.modules["minimal._C"], "version", 1)
+    assert fused_linear._load().startswith("too old: ")
+    monkeypatch.delattr(sys.modules["minimal._C"], "version")
+    assert fused_linear._load().startswith("too old: ")

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from matplotlib import image
 
 from minimal import runs
-from minimal.runs import clear, newest, noted_signals, peak_memory_mb, plot, raised, read_json, write_json
+from minimal.runs import clear, held, newest, noted_signals, peak_memory_mb, plot, raised, read_json, write_json
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 leaf = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 tree = st.recursive(leaf, lambda t: st.lists(t, max_size=3) | st.dictionaries(st.text(), t, max_size=3), max_leaves=9)
@@ -194,6 +196,22 @@ def test_elsewhere_peak_memory_is_asked_of_getrusage(monkeypatch):
         assert peak_memory_mb() == pytest.approx(peak / unit, rel=0.05)
     monkeypatch.setitem(sys.modules, "resource", None)
     assert peak_memory_mb() == 0
+
+
+def test_a_folder_is_held_by_one_process(tmp_path):
+    pytest.importorskip("fcntl")
+    code = f"from minimal.runs import held\nwith held({str(tmp_path)!r}): print('in')"
+
+    def other():
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+    with held(tmp_path):
+        with pytest.raises(ValueError, match="another process works there"), held(tmp_path):
+            pass
+        assert "another process works there" in other().stderr
+    assert other().stdout == "in\n"
+    with held(tmp_path):  # left by one that is over
+        pass
 
 
 def test_the_plot_shows_what_was_scored(tmp_path, monkeypatch):

@@ -705,9 +705,9 @@ def test_a_dtype_that_the_processor_lacks_is_said_to_be_slow(dtype, short, capsy
     for there in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", lambda there=there: there)
         train.complete(train.Settings(dtype=dtype, device="cpu"))
-        assert (f"note: --dtype {dtype}" in capsys.readouterr().out) is not there
+        assert (f"note: --dtype {dtype}" in capsys.readouterr().err) is not there
     train.complete(train.Settings(device="cpu"))
-    assert "note" not in capsys.readouterr().out
+    assert "note" not in capsys.readouterr().err
 
 
 def test_a_result_is_not_replaced_unasked(capsys):
@@ -716,6 +716,10 @@ def test_a_result_is_not_replaced_unasked(capsys):
     # with --overwrite, but bad data: what was there is still there
     fails([*TINY, "--data", "missing", "--overwrite"], capsys, "missing")
     fails([*TINY, "--data", "corpus", "--overwrite", "--finetune", "full", "--out", str(out)], capsys, "--base")
+    if sys.platform != "win32":
+        with train.runs.held(out / "state"):  # by another process
+            fails([*TINY, "--data", "corpus", "--overwrite"], capsys, "out/gpt/state: another process works there")
+            fails(["--resume", str(out), "--steps", "99"], capsys, "out/gpt/state: another process works there")
     pathlib.Path("mine/state").mkdir(parents=True)
     pathlib.Path("mine/state/thesis.txt").write_text("mine")
     fails([*TINY, "--data", "corpus", "--out", "mine"], capsys, "--out mine", "--overwrite")
@@ -985,7 +989,7 @@ def test_profile_of_a_short_run(steps, capsys):
     pretrain("--overwrite", steps=1)
     assert not (out / "trace.json").exists()  # of the run before
     fails([*TINY, "--data", "corpus", "--profile", "--dry-run"], capsys, "--profile: writes trace.json")
-    for asked in (["--profile"], ["--finetune", "lora"], ["--lr", "0.1"]):
+    for asked in (["--profile"], ["--finetune", "lora"], ["--lr", "0.1"], ["--dtype", "bfloat16"]):
         fails(["--base", str(out), "--sample", "a", *asked], capsys, f"{asked[0]}: is of training", "--sample")
 
 
